@@ -1,0 +1,158 @@
+"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step`.
+
+    loader       unlabeled training samples a second on one core, from 500x375 JPEG files as PASCAL VOC's. With
+                 `--released FOLDER`, a checkout of LiheYoung/UniMatch, its loader takes turns with ours.
+    step         time and peak memory of a DAW training step, and the share that its statistics and alignment take.
+
+Timings are medians over rounds that take turns, so that a busy machine slows all candidates alike: use the ratios.
+"""
+
+import argparse
+import importlib
+import resource
+import statistics as stats
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import runtime
+from common.data import DATASETS, Data, Sample
+from common.loading import TrainingSet
+from common.runtime import UserError, run_main
+
+
+def median_seconds(candidates: dict, rounds: int, device: torch.device | None = None) -> dict[str, float]:
+    """{name: median seconds of a call}; candidates take turns, after one call each that is not counted."""
+    seconds = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: stats.median(values) for name, values in seconds.items()}
+
+
+# ---------------------------------------------------------------- loader
+
+
+def write_pictures(folder: Path, count: int) -> list[str]:
+    """`count` JPEGs of 500x375 pixels with the detail of photographs (about 90 kB each), and blank masks."""
+    rng = np.random.default_rng(0)
+    names = [f"picture{number:03d}" for number in range(count)]
+    for name in names:
+        scales = [Image.fromarray(rng.integers(0, 256, (375 // s + 1, 500 // s + 1, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+                  for s in (4, 16, 64)]
+        picture = np.mean([np.asarray(scale, np.float32) for scale in scales], axis=0)
+        for sub, image, options in (("JPEGImages", Image.fromarray(picture.astype(np.uint8)), {"quality": 90}),
+                                    ("SegmentationClass", Image.new("L", (500, 375)), {})):
+            (folder / sub).mkdir(exist_ok=True)
+            image.save(folder / sub / f"{name}.{'jpg' if options else 'png'}", **options)
+    return names
+
+
+def loader(released: Path | None, rounds: int) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = write_pictures(folder, 16)
+        samples = [Sample(f"JPEGImages/{name}.jpg", None) for name in names]
+        size = sum((folder / sample.image).stat().st_size for sample in samples) / len(samples)
+        print(f"{len(names)} JPEG files of 500x375 pixels, {size / 1000:.0f} kB each; one core, everything a worker does")
+        for crop in (321, 513):
+            ours = TrainingSet(Data(DATASETS["pascal"], folder, [], samples, [], []), crop, seed=0)
+            candidates = {"ours": lambda: [ours[1, index, index] for index in range(len(samples))]}
+            if released:
+                theirs = released_dataset(released, folder, names, crop)
+                candidates["UniMatch"] = lambda: [theirs[index] for index in range(len(samples))]
+            seconds = median_seconds(candidates, rounds)
+            line = "   ".join(f"{name} {len(samples) / value:6.1f}/s" for name, value in seconds.items())
+            print(f"crop {crop}: {line}" + (f"   ratio {seconds['UniMatch'] / seconds['ours']:.1f}" if released else ""))
+
+
+def released_dataset(checkout: Path, folder: Path, names: list[str], crop: int):
+    """UniMatch's own data set class over the same files."""
+    if not (checkout / "dataset" / "semi.py").is_file():
+        raise UserError(f"{checkout} is no checkout of LiheYoung/UniMatch: it lacks dataset/semi.py")
+    sys.path.insert(0, str(checkout))
+    ids = folder / "ids.txt"
+    ids.write_text("\n".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in names))
+    return importlib.import_module("dataset.semi").SemiDataset("pascal", str(folder), "train_u", crop, str(ids))
+
+
+# ---------------------------------------------------------------- training step
+
+
+def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, options: list[str]) -> None:
+    import daw
+
+    context = runtime.start(device)
+    device = context.device
+    config = daw.parse(daw.Config, ["--backbone", backbone, "--weights", "none", "--crop", str(crop), *options])
+    config.threshold, config.align = 0.95, True
+    classes = 21
+    model = daw.build_model(config, classes).train()
+    network = runtime.wrap(model, config, context)
+    optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 10), momentum=0.9)
+    statistics = daw.Statistics(classes, 0.99).to(device)
+    generator = torch.Generator().manual_seed(0)
+    part = {"labeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
+            "label": torch.randint(0, classes, (batch, crop, crop), generator=generator, dtype=torch.uint8),
+            "unlabeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
+            "valid": torch.ones(batch, crop, crop, dtype=torch.bool)}
+    part = {name: value.to(device) for name, value in part.items()}
+    probs = torch.rand(batch, classes, crop, crop, device=device).softmax(dim=1)
+
+    def whole() -> None:
+        views = daw.make_views(part, config)
+        with runtime.autocast(config, device):
+            loss, _, sums = daw.daw_loss(network, views, daw.pixel_counts([views]), statistics, statistics.nothing(), config)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        statistics.update(sums)
+
+    @torch.no_grad()
+    def statistics_and_alignment() -> None:
+        mean, variance, class_mean = statistics.after(daw.batch_sums(probs, part["label"], probs, part["valid"]))
+        daw.optimal_threshold(mean[0], variance[0], mean[1], variance[1], classes)
+        daw.align_distribution(probs, *class_mean)
+
+    candidates = {"step": whole, "statistics": statistics_and_alignment, "augmentation": lambda: daw.make_views(part, config)}
+    seconds = median_seconds(candidates, rounds, device)
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{backbone}, crop {crop}, {batch} labeled + {batch} unlabeled, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(f"step {1000 * seconds['step']:.0f} ms, peak memory {memory:.2f} GiB; of the step, statistics and alignment "
+          f"{1000 * seconds['statistics']:.1f} ms ({100 * seconds['statistics'] / seconds['step']:.1f} %), augmentation "
+          f"{1000 * seconds['augmentation']:.1f} ms ({100 * seconds['augmentation'] / seconds['step']:.1f} %)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("loader", "step"))
+    parser.add_argument("--released", type=Path, help="loader: a checkout of LiheYoung/UniMatch to measure beside ours")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--crop", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=2, help="labeled images, and as many unlabeled")
+    parser.add_argument("--device")
+    args, options = parser.parse_known_args()  # the rest are options of daw.py, such as --compile or --no-amp
+    if args.what == "loader":
+        loader(args.released, args.rounds)
+    else:
+        step(args.backbone, args.crop, args.batch, args.rounds, args.device, options)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,195 @@
+"""DeepLabv3+ and its encoders.
+
+Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018, in the
+form that semi-supervised segmentation uses (CPS, U2PL, ST++, UniMatch): plain 3x3 convolutions, output stride 16.
+
+    images [B, 3, H, W], normalised
+      -> encoder: low [B, 256, H/4, W/4], high [B, 2048, H/16, W/16]       ResNet-50/101, last stage dilated
+      -> ASPP(high): 1x1, three dilated 3x3, global pooling -> 256 channels, upsampled to H/4
+      -> concat with low reduced to 48 channels -> two 3x3 convs -> z [B, 256, H/4, W/4]
+      -> 1x1 classifier -> bilinear upsampling (align_corners=True) -> logits [B, C, H, W]
+
+`TinyEncoder` (0.3 M parameters) is for the embedded data sets; its pretrained weights are in `tiny_encoder.pt`.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from common.runtime import UserError
+
+TINY_WEIGHTS = Path(__file__).with_name("tiny_encoder.pt")
+BACKBONES = ("resnet50", "resnet101", "tiny")
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, dilation * (kernel // 2), dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+# ---------------------------------------------------------------- encoders
+
+
+class ResNetEncoder(nn.Module):
+    """torchvision's ResNet without its classifier; stage 4 is dilated, so the output stride is 16.
+
+    forward: images [B, 3, H, W] -> (low [B, 256, H/4, W/4], high [B, 2048, H/16, W/16]).
+    The state dict is torchvision's without `fc.*`: the ImageNet files that users have load as they are.
+    """
+
+    low_channels, high_channels = 256, 2048
+
+    def __init__(self, name: str):
+        super().__init__()
+        resnet = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=[False, False, True])
+        for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, stage, getattr(resnet, stage))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
+        return low, self.layer4(self.layer3(self.layer2(low)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: He et al. 2016, Figure 2."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1):
+        super().__init__()
+        self.conv1 = conv_bn_relu(in_channels, out_channels, 3, stride, dilation)
+        self.conv2 = nn.Sequential(
+            nn.Conv2d(out_channels, out_channels, 3, 1, dilation, dilation, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        same_shape = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same_shape else nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))
+
+
+class TinyEncoder(nn.Module):
+    """Ten convolutions for 64x64 pictures: stem at stride 2, four residual blocks to stride 8, the last one dilated.
+
+    forward: images [B, 3, H, W] -> (low [B, 24, H/2, W/2], high [B, 96, H/8, W/8]).
+    """
+
+    low_channels, high_channels = 24, 96
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.stem = nn.Sequential(conv_bn_relu(3, width, 3, stride=2), conv_bn_relu(width, width, 3))
+        self.layer1 = ResidualBlock(width, width)
+        self.layer2 = ResidualBlock(width, 2 * width, stride=2)
+        self.layer3 = ResidualBlock(2 * width, 4 * width, stride=2)
+        self.layer4 = ResidualBlock(4 * width, 4 * width, dilation=2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.layer1(self.stem(images))
+        return low, self.layer4(self.layer3(self.layer2(low)))
+
+
+def build_encoder(backbone: str, weights: str = "default") -> nn.Module:
+    """`weights`: "default" (ImageNet for ResNets, the shipped file for tiny), "none", or a path to a state dict.
+
+    Raises UserError for an unknown backbone and for weights that cannot be had or do not fit.
+    """
+    if backbone not in BACKBONES:
+        raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
+    encoder = TinyEncoder() if backbone == "tiny" else ResNetEncoder(backbone)
+    if weights != "none":
+        load_encoder_weights(encoder, backbone, weights)
+    return encoder
+
+
+def load_encoder_weights(encoder: nn.Module, backbone: str, weights: str) -> None:
+    if weights == "default" and backbone != "tiny":
+        enum = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1  # what the field's tables start from
+        try:
+            state = enum.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:  # urllib's errors are OSErrors
+            raise UserError(
+                f"cannot download ImageNet weights of {backbone} from {enum.url} ({error}). Download the file on a "
+                f"machine with network access and pass --weights PATH, or train from random weights with --weights none"
+            ) from error
+    else:
+        path = TINY_WEIGHTS if weights == "default" else Path(weights)
+        if not path.is_file():
+            raise UserError(f"no weight file at {path}: --weights takes default, none or the path of a state dict")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # unpickling a foreign file can raise anything; each means the same to the user
+            raise UserError(f"{path} is not a PyTorch state dict that loads with weights_only=True: {error}") from error
+    state = {key: value.float() if value.is_floating_point() else value
+             for key, value in state.items() if not key.startswith("fc.")}
+    try:
+        encoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"the weights {weights!r} do not fit the backbone {backbone}: {' '.join(str(error).split())[:300]}") from error
+
+
+# ---------------------------------------------------------------- segmentation network
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: [B, in, h, w] -> [B, out, h, w]."""
+
+    def __init__(self, in_channels: int, out_channels: int, rates: tuple[int, ...]):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [conv_bn_relu(in_channels, out_channels, 1)]
+            + [conv_bn_relu(in_channels, out_channels, 3, dilation=rate) for rate in rates]
+        )
+        self.pooling = conv_bn_relu(in_channels, out_channels, 1)
+        self.project = conv_bn_relu((len(rates) + 2) * out_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pooling(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.project(torch.cat([branch(x) for branch in self.branches] + [pooled], dim=1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """forward(images [B, 3, H, W]) -> logits [B, num_classes, H, W].
+
+    forward(images, perturb=k) also returns the logits of the last k images decoded from features under channel
+    dropout (UniMatch's feature perturbation): ([B, C, H, W], [k, C, H, W]).
+    """
+
+    def __init__(self, backbone: str, num_classes: int, weights: str = "default"):
+        super().__init__()
+        self.encoder = build_encoder(backbone, weights)
+        low, high = self.encoder.low_channels, self.encoder.high_channels
+        self.channels, reduced, rates = (32, 16, (2, 4)) if backbone == "tiny" else (256, 48, (6, 12, 18))
+        self.aspp = ASPP(high, self.channels, rates)
+        self.reduce = conv_bn_relu(low, reduced, 1)
+        self.fuse = nn.Sequential(
+            conv_bn_relu(self.channels + reduced, self.channels, 3), conv_bn_relu(self.channels, self.channels, 3)
+        )
+        self.classifier = nn.Conv2d(self.channels, num_classes, 1)
+
+    def decode(self, low: Tensor, high: Tensor) -> Tensor:
+        """Encoder features -> z, the [B, 256, H/4, W/4] features before the classifier."""
+        high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        return self.fuse(torch.cat([self.reduce(low), high], dim=1))
+
+    def forward(self, images: Tensor, perturb: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+        low, high = self.encoder(images)
+        if perturb:  # decode clean and perturbed features together: one pass, joint batch statistics
+            low = torch.cat([low, F.dropout2d(low[-perturb:], 0.5)])
+            high = torch.cat([high, F.dropout2d(high[-perturb:], 0.5)])
+        logits = self.classifier(self.decode(low, high))
+        logits = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=True)
+        return (logits[: len(images)], logits[len(images):]) if perturb else logits
+
+    def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:
+        """Two groups for the optimizer: the encoder at `lr`, everything else at `lr` x `head_lr_multiplier`."""
+        encoder = list(self.encoder.parameters())
+        in_encoder = {id(parameter) for parameter in encoder}
+        head = [parameter for parameter in self.parameters() if id(parameter) not in in_encoder]
+        return [{"params": encoder, "lr": lr}, {"params": head, "lr": lr * head_lr_multiplier}]

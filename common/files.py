@@ -1,0 +1,47 @@
+"""Files that are whole or not there: atomic writing, and checkpoints read with care."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from common.runtime import UserError
+
+FORMAT = 1  # of checkpoints
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then rename: readers see the old file or the new one, never a part.
+
+    Makes the folder if need be. Raises UserError if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint's content on the CPU. Raises UserError where there is none or it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise anything; each means the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    return checkpoint

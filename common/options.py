@@ -1,0 +1,141 @@
+"""Command lines from dataclasses, and the options that every method shares.
+
+A method writes `@dataclass class Config(TrainingOptions)` and adds its own fields with `option(default, help)`;
+`parse(Config)` turns the fields into `--field-name` flags. Names, types and defaults stand in one place, the field.
+"""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.runtime import UserError
+
+
+def option(default, help: str, choices: tuple | None = None):
+    """A dataclass field with its line of help; `choices` restricts the values."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class TrainingOptions:
+    # data
+    dataset: str = option("shapes", "a name from common.data.DATASETS: shapes, shapes_severe, shapes_large (embedded, "
+                                    "made on first use) or pascal")
+    data_root: str | None = option(None, "folder of the data set; default: data/<dataset>")
+    labeled: str | None = option(None, "published labeled list, by its number of images (pascal: 92, 183, 366, 732, 1464; "
+                                       "shapes: 12, 24, 48), or all; default: 24 for shapes, 92 for pascal")
+    labeled_list: str | None = option(None, "a file with the labeled images instead: one id, or image path and mask path, "
+                                            "a line")
+    unlabeled_list: str | None = option(None, "a file with the images to learn from without labels, likewise; default: the full "
+                                              "training list. Labeled images in it are left out")
+    download: bool = option(False, "fetch what is missing of the data set (pascal: VOC2012 through torchvision, and the "
+                                   "published lists)")
+    # network
+    backbone: str | None = option(None, "resnet50, resnet101 or tiny; default: tiny for shapes, resnet101 for pascal")
+    weights: str = option("default", "encoder weights: default (ImageNet, or the shipped file for tiny), none, or the path of a state dict")
+    # optimisation
+    crop: int | None = option(None, "training crop in pixels; default: the data set's recipe")
+    batch_size: int | None = option(None, "labeled images a step over all GPUs, and as many unlabeled; default: the recipe's")
+    grad_accum: int = option(1, "split each step's batch into so many parts; statistics and averages stay those of the whole batch "
+                                "(batch norm and CutMix see the parts)")
+    epochs: int | None = option(None, "passes over the unlabeled list; default: the recipe's")
+    iterations: int | None = option(None, "optimizer steps instead of epochs")
+    lr: float | None = option(None, "learning rate of the encoder; default: the recipe's, linear in the batch size")
+    head_lr_multiplier: float | None = option(None, "learning rate of the rest = lr x this; default: the recipe's")
+    momentum: float = option(0.9, "SGD momentum")
+    weight_decay: float = option(1e-4, "SGD weight decay")
+    ema_decay: float = option(0.0, "keep an average of the weights with this decay and evaluate, save and predict with it; 0 = off")
+    # running
+    seed: int = option(0, "seed of weights, sampling and augmentation")
+    output: str | None = option(None, "run folder; default: runs/<method>_<dataset>_<labeled>_seed<seed>; a rerun resumes there")
+    eval_every: int | None = option(None, "iterations between evaluations and checkpoints; default: an epoch, at least 200")
+    eval_split: str = option("val", "list to evaluate on during training: val, or tune (shapes) for choosing options", choices=("val", "tune"))
+    save_every: int | None = option(None, "iterations between checkpoints if they should come more often than evaluations")
+    log_every: int = option(20, "iterations between lines of metrics.jsonl")
+    num_workers: int | None = option(None, "loader processes a rank; default: from the number of CPU cores")
+    device: str | None = option(None, "cpu or cuda; default: cuda where there is one")
+    amp: bool | None = option(None, "bf16 autocast; default: on for GPUs that have bf16")
+    channels_last: bool = option(True, "NHWC memory format")
+    tf32: bool = option(True, "TF32 matrix products and convolutions on GPUs that have it")
+    compile: bool = option(False, "torch.compile the network")
+    tensorboard: bool = option(False, "write TensorBoard events as well (needs the package tensorboard)")
+
+
+# Changing these does not change what is learned, so a run may be resumed under other values.
+RESUMABLE = {"data_root", "output", "download", "eval_every", "save_every", "log_every", "num_workers", "device",
+             "tensorboard", "channels_last", "compile", "weights"}
+
+
+def parse(config_class, argv: list[str] | None = None, description: str | None = None, **defaults):
+    """`argv` (default: sys.argv) -> an instance of `config_class`; argparse prints usage and exits on bad options."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    shared = {field.name for field in dataclasses.fields(TrainingOptions)}
+    groups = {False: parser.add_argument_group("the method"), True: parser.add_argument_group("shared by all methods")}
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        add_argument(groups[field.name in shared], field, hints[field.name])
+    return config_class(**{**defaults, **vars(parser.parse_args(argv))})
+
+
+def add_argument(group, field: dataclasses.Field, hint) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    if isinstance(hint, types.UnionType):  # X | None: an option whose default is worked out later
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    elif hint is not bool:
+        text += f" (default: {field.default})"
+    if hint is bool:
+        text += "" if field.default is None else f" (default: {'on' if field.default else 'off'})"
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(flag, type=hint, choices=field.metadata["choices"], help=text,
+                           metavar=None if field.metadata["choices"] else hint.__name__.upper())
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless `condition`."""
+    if not condition:
+        raise UserError(message)
+
+
+def fill_from_recipe(config: TrainingOptions, method: str, data, context) -> None:
+    """Check `config` and replace its None values by the data set's recipe; `data.info` gets the crop that was chosen.
+
+    The learning rate follows the linear rule: the recipe's x batch size / the recipe's batch size. Raises UserError for
+    values that no run could use.
+    """
+    info = data.info
+    for name in ("crop", "batch_size", "grad_accum", "epochs", "iterations", "eval_every", "save_every", "log_every"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    require(config.lr is None or config.lr > 0, f"--lr must be positive, not {config.lr}")
+    require(0 <= config.ema_decay < 1, f"--ema-decay must lie in [0, 1), not {config.ema_decay}")
+    require(config.seed >= 0, f"--seed must not be negative, not {config.seed}")
+    require(config.num_workers is None or config.num_workers >= 0, "--num-workers must not be negative")
+    require(bool(getattr(data, config.eval_split)), f"{info.name} has no {config.eval_split} list: --eval-split val")
+    for name in ("backbone", "crop", "batch_size", "head_lr_multiplier"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(info, name))
+    if config.labeled is None and config.labeled_list is None:
+        config.labeled = info.default_labeled
+    if config.output is None:
+        labeled = Path(config.labeled_list).stem if config.labeled_list else config.labeled
+        config.output = f"runs/{method}_{info.name}_{labeled}_seed{config.seed}"
+    parts = context.world_size * config.grad_accum
+    require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} cannot be shared by {context.world_size} "
+            f"ranks in {config.grad_accum} accumulated parts: make it a multiple of {parts}")
+    data.info = dataclasses.replace(info, crop=config.crop)  # a sliding window is as large as the training crop
+    if config.lr is None:
+        config.lr = info.lr * config.batch_size / info.batch_size
+    per_epoch = max(1, len(data.unlabeled or data.labeled) // config.batch_size)
+    if config.iterations is None:
+        config.iterations = (config.epochs or info.epochs) * per_epoch
+    config.epochs = None  # `iterations` says it from here on
+    config.eval_every = config.eval_every or max(per_epoch, 200)
+    config.save_every = config.save_every or config.eval_every

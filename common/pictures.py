@@ -1,0 +1,124 @@
+"""Pictures of label maps: colours, legends, sample grids, overlays, indexed PNG files.
+
+Label maps are uint8 [H, W]; 255 (ignored), and any other value without a colour in the palette, is drawn light grey.
+Images are uint8, [H, W, 3] or [3, H, W]. Arrays and CPU tensors are both fine.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from common.data import IGNORE
+from common.files import write_atomically
+
+Palette = Sequence[tuple[int, int, int]]
+
+IGNORE_COLOR = (225, 225, 225)
+INK, PAPER, FRAME = (40, 40, 40), (255, 255, 255), (150, 150, 150)
+SMALL, LARGE = 160, 512  # a picture's longer side in a grid, in pixels: enlarged to at least / reduced to at most
+MARGIN, FONT_SIZE = 8, 13
+
+
+def color_table(palette: Palette) -> np.ndarray:
+    """The colour of every label value: uint8 [256, 3]."""
+    table = np.full((256, 3), IGNORE_COLOR, np.uint8)
+    table[: min(len(palette), IGNORE)] = palette[:IGNORE]
+    return table
+
+
+def colorize(label, palette: Palette) -> np.ndarray:
+    """Label map [H, W] -> colours, uint8 [H, W, 3]."""
+    return color_table(palette)[np.asarray(label)]
+
+
+def overlay(image, label, palette: Palette, alpha: float = 0.5) -> np.ndarray:
+    """The image with `alpha` of the label's colour over it, uint8 [H, W, 3]; ignored pixels show the image alone."""
+    image, label = _channels_last(image), np.asarray(label)
+    mixed = (1 - alpha) * image + alpha * colorize(label, palette)
+    return np.where((label == IGNORE)[..., None], image, np.rint(mixed).astype(np.uint8))
+
+
+def legend(classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
+    """Colour swatches with the class names, in columns of equal width: RGB, `width` pixels wide, as high as needed."""
+    font, swatch, line = ImageFont.load_default(FONT_SIZE), 12, 20
+    names = [_shorten(name, font, width - swatch - 3 * MARGIN) for name in classes]
+    entry = max((math.ceil(font.getlength(name)) for name in names), default=0) + swatch + 3 * MARGIN
+    columns = min(max(1, (width - MARGIN) // entry), max(1, len(names)))
+    rows = math.ceil(len(names) / columns)
+    columns = math.ceil(len(names) / max(1, rows))  # even columns instead of a nearly empty last row
+    picture = Image.new("RGB", (width, rows * line + MARGIN), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for index, (name, color) in enumerate(zip(names, palette)):
+        left, top = MARGIN + (index // rows) * entry, MARGIN // 2 + (index % rows) * line
+        draw.rectangle((left, top + 4, left + swatch, top + 4 + swatch), fill=tuple(color), outline=FRAME)
+        draw.text((left + swatch + MARGIN - 2, top + 10), name, INK, font, anchor="lm")
+    return picture
+
+
+def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette, path: str | Path) -> None:
+    """Write a PNG with one row (image, label, prediction) per sample and, below, a legend of the classes that occur."""
+    rows = [(_channels_last(image), np.asarray(label), np.asarray(prediction)) for image, label, prediction in rows]
+    pictures = [[_fit(image), *(_fit(colorize(map_, palette), nearest=True) for map_ in maps)] for image, *maps in rows]
+    cell = max(picture.width for row in pictures for picture in row)
+    heights = [max(picture.height for picture in row) for row in pictures]
+    width, header = 3 * (cell + MARGIN) + MARGIN, FONT_SIZE + 2 * MARGIN
+
+    occurring = np.unique(np.concatenate([map_.ravel() for _, *maps in rows for map_ in maps]))
+    shown = [index for index in occurring.tolist() if index < len(classes)]
+    names, colors = [classes[index] for index in shown], [palette[index] for index in shown]
+    if IGNORE in occurring:
+        names, colors = [*names, "ignored"], [*colors, IGNORE_COLOR]
+    key = legend(names, colors, width)
+
+    grid = Image.new("RGB", (width, header + sum(heights) + MARGIN * len(heights) + key.height), PAPER)
+    draw = ImageDraw.Draw(grid)
+    for column, caption in enumerate(("image", "label", "prediction")):
+        middle = MARGIN + column * (cell + MARGIN) + cell // 2
+        draw.text((middle, header // 2), caption, INK, ImageFont.load_default(FONT_SIZE), anchor="mm")
+    top = header
+    for row, height in zip(pictures, heights):
+        for column, picture in enumerate(row):
+            grid.paste(picture, (MARGIN + column * (cell + MARGIN) + (cell - picture.width) // 2, top))
+        top += height + MARGIN
+    grid.paste(key, (0, top))
+    save_png(grid, path)
+
+
+def save_indexed_png(label, palette: Palette, path: str | Path) -> None:
+    """Write a label map as a palette PNG: viewers show the colours, readers get the class numbers."""
+    picture = Image.fromarray(np.ascontiguousarray(label, np.uint8))
+    picture.putpalette(color_table(palette).tobytes())  # makes it mode P
+    save_png(picture, path)
+
+
+def save_png(picture: Image.Image, path: str | Path) -> None:
+    """Whole or not at all; makes the folder. Raises UserError if it cannot be written."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def _channels_last(image) -> np.ndarray:
+    image = np.asarray(image)
+    return np.moveaxis(image, 0, -1) if image.shape[-1] != 3 else image
+
+
+def _fit(picture: np.ndarray, nearest: bool = False) -> Image.Image:
+    """Enlarge small pictures by a whole factor, so that every pixel stays a square; reduce large ones."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    longer = max(image.size)
+    if longer < SMALL:
+        factor = math.ceil(SMALL / longer)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((LARGE, LARGE), Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS)
+    return image
+
+
+def _shorten(name: str, font, width: int) -> str:
+    if font.getlength(name) <= width:
+        return name
+    while name and font.getlength(name + "...") > width:
+        name = name[:-1]
+    return name + "..."

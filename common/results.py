@@ -1,0 +1,53 @@
+"""`python -m common.results FOLDER`: the table of all runs in FOLDER/<row>/seed<k>.
+
+Rows keep the order in which they were trained. A cell is the mean over seeds of the last evaluation, with the standard
+deviation over seeds where there are several; nothing is picked by its validation score.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from common.runtime import UserError, run_main
+
+COLUMNS = {"miou": "mIoU", "head_miou": "head mIoU", "tail_miou": "tail mIoU", "ece": "ECE"}
+
+
+def collect(folder: Path) -> dict[str, list[dict]]:
+    """{row: results.json of each finished seed}, oldest row first. Raises UserError where there is none."""
+    rows: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*/seed*/results.json"), key=lambda path: path.stat().st_mtime):
+        rows.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
+    if not rows:
+        raise UserError(f"no results in {folder}: expected {folder}/<row>/seed<k>/results.json")
+    return rows
+
+
+def cell(values: list[float]) -> str:
+    """"mean ± sd" in the values' own unit, without the sd for a single value."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """A Markdown table; everything in %."""
+    lines = [["run", "seeds", *COLUMNS.values()]]
+    for row, seeds in rows.items():
+        last = [results["last"] for results in seeds]
+        columns = [[entry[name] * (100 if name == "ece" else 1) for entry in last if entry[name] is not None] for name in COLUMNS]
+        lines.append([row, str(len(seeds)), *(cell(values) if values else "-" for values in columns)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["| " + " | ".join(entry.ljust(width) for entry, width in zip(line, widths)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    print(table(collect(parser.parse_args().folder)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# ./run_all.sh          make the environment and the embedded data, train every method and its baselines, print a table
+# ./run_all.sh test     make the environment and run all tests; further arguments go to pytest
+#
+# SEEDS="0 1 2" ./run_all.sh repeats every run with three seeds; finished runs are not trained again.
+# The active Python is used where it satisfies requirements.txt, otherwise .venv is made (PYTHON chooses its Python).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+satisfies_requirements() {
+    "$1" - <<'PYTHON' 2>/dev/null
+import importlib.metadata, re, sys
+for line in open("requirements.txt"):
+    name, _, least = line.split("#")[0].strip().partition(">=")
+    if name:
+        have = importlib.metadata.version(name)
+        as_numbers = lambda version: [int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]]
+        assert not least or as_numbers(have) >= as_numbers(least)
+assert sys.version_info >= (3, 10)
+import torchvision.ops, torch
+torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where torch and torchvision do not belong together
+PYTHON
+}
+
+python=""
+for candidate in python3 python .venv/bin/python; do
+    if command -v "$candidate" >/dev/null && satisfies_requirements "$candidate"; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "making .venv with the packages of requirements.txt (some minutes, about 6 GB)"
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    python=.venv/bin/python
+    satisfies_requirements "$python" || { echo "error: .venv does not satisfy requirements.txt; delete it and try again" >&2; exit 1; }
+fi
+echo "using $("$python" -c 'import platform, sys, torch; print(sys.executable, "with Python", platform.python_version(), "and PyTorch", torch.__version__)')"
+
+if [ "${1:-}" = test ]; then
+    shift
+    exec "$python" -m pytest -q tests "$@"
+fi
+
+runs=runs/shapes
+train() {  # name of the row in the table, script, options
+    local row=$1 script=$2
+    shift 2
+    for seed in ${SEEDS:-0}; do
+        echo "== $row, seed $seed: $script $*"
+        "$python" "$script" --seed "$seed" --output "$runs/$row/seed$seed" "$@"
+    done
+}
+
+train supervised        daw.py --supervised
+train supervised_strong daw.py --supervised --strong-labeled
+train pseudo_label      daw.py --weighting none
+train unimatch          daw.py --weighting fixed
+train dawf              daw.py --weighting daw --no-align
+train daw               daw.py
+train oracle            daw.py --supervised --labeled all
+
+"$python" -m common.results "$runs"
+echo "pictures: $runs/*/seed*/samples.png"
