@@ -1,7 +1,6 @@
-"""Embedded data sets: textured blobs in PASCAL VOC's layout, and the encoder that is pretrained for them.
+"""Embedded data sets: textured blobs in PASCAL VOC's layout. Training makes them on first use, and so does
 
-    python -m common.synthetic generate --variant shapes --root data/shapes
-    python -m common.synthetic pretrain          # makes common/tiny_encoder.pt again: a few minutes on two CPU cores
+    python -m common.synthetic --variant shapes --root data/shapes
 
 Every class is a *local, flip-invariant texture* on random blobs in random colours: colour and outline carry no class.
 Background and distractor blobs are smooth. Three things make the data tell semi-supervised methods apart:
@@ -11,8 +10,7 @@ Background and distractor blobs are smooth. Three things make the data tell semi
   augmentation does not imitate it; a few labeled images show little of it, the unlabeled images show all.
 - *Imbalance*: the k-th class is drawn with a frequency proportional to k^-exponent.
 
-As with ImageNet, the encoder has seen such textures with image labels only: in other pictures, among others, and with
-half of the geometry's variety (an encoder that has seen all of it leaves little for semi-supervised training to gain).
+The encoder that is fine-tuned on them comes from `common.pretrain`.
 """
 
 import argparse
@@ -20,21 +18,16 @@ import json
 import math
 import os
 import tempfile
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
-from common.deeplab import TINY_WEIGHTS, TinyEncoder
+from common.runtime import UserError, run_main
 
 SHAPE_CLASSES = ("background", "hstripe", "vstripe", "check", "dots", "cross", "grain", "blocks")
 LARGE_CLASSES = SHAPE_CLASSES + ("diag", "grid", "wave", "rings")
-PRETRAINING_TEXTURES = LARGE_CLASSES[1:] + ("plain", "vwave", "hexagons", "spots", "worms", "bricks")
 
 FORMAT = 1  # raise it when the same dials give other files
 SPLITS = ("train", "val", "tune")  # tune: choose hyper-parameters here, report on val
@@ -232,15 +225,15 @@ def choose_labeled(present: np.ndarray, rng: np.random.Generator) -> dict[int, l
 
 
 def already_there(root: Path, wanted: dict) -> bool:
-    """True if root holds the wanted data, False if it is free; raises FileExistsError if it holds something else."""
+    """True if root holds the wanted data, False if it is free; raises UserError if it holds something else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / "generator.json").is_file():
-        raise FileExistsError(f"{root} is not empty and was not generated here: choose another folder")
+        raise UserError(f"{root} is not empty and was not generated here: choose another folder")
     found = json.loads((root / "generator.json").read_text())
     if any(found.get(key) != wanted[key] for key in ("format", "dials")):
-        raise FileExistsError(f"{root} holds synthetic data of another version or with other dials than variant "
-                              f"{wanted['name']!r}: delete that folder, or choose another one")
+        raise UserError(f"{root} holds synthetic data of another version or with other dials than variant "
+                        f"{wanted['name']!r}: delete that folder, or choose another one")
     return True
 
 
@@ -250,7 +243,7 @@ def generate(root: Path | str, variant: Variant | str, name: str | None = None) 
     JPEGImages/<id>.jpg, SegmentationClass/<id>.png (palette, 255 on borders), ImageSets/Segmentation/{train, val, tune,
     labeled_12, labeled_12_split1, ...}.txt, classes.txt, generator.json. `name` is noted in generator.json only.
     The folder appears at once, complete; of several processes that start together one wins and the others agree.
-    Raises FileExistsError if root holds anything else, KeyError for an unknown variant.
+    Raises UserError if root holds anything else, KeyError for an unknown variant.
     """
     if isinstance(variant, str):
         name, variant = name or variant, VARIANTS[variant]
@@ -297,82 +290,16 @@ def write_voc(folder: Path, variant: Variant) -> None:
     (folder / "classes.txt").write_text("\n".join(variant.classes) + "\n")
 
 
-# ---------------------------------------------------------------- pretraining
-
-# Single blobs under the benchmarks' styles, but with half of their variety in geometry: the rest is left to learn.
-PRETRAINING = replace(
-    VARIANTS["shapes"], size=32, radius=(9.0, 17.0), margin=10.0, period=(5.0, 8.0), aspect=1.2, tilt=6.0,
-    duty=(0.43, 0.57), sharpness=(1.0, 3.5), warp=(0.0, 0.8),
-)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as for ImageNet: what fine-tuning normalises with
+# ---------------------------------------------------------------- command line
 
 
-def single_blobs(kinds: list[int], seed: int) -> torch.Tensor:
-    """One picture for each index into PRETRAINING_TEXTURES: [N, 3, 32, 32] float32, normalised."""
-    stream = len(SPLITS) + LABELED_CHOICES  # one of its own: no benchmark image is ever seen in pretraining
-    pictures = [draw(PRETRAINING, np.random.default_rng([seed, stream, i]), [PRETRAINING_TEXTURES[kind]])[0]
-                for i, kind in enumerate(kinds)]
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def pretrain(output: Path, epochs: int, pictures: int, seed: int, device: str) -> float:
-    """Classify single blobs by texture, save the encoder's state dict in float16, return the held-out accuracy."""
-    torch.manual_seed(seed)
-    start = time.time()
-    kinds = [i % len(PRETRAINING_TEXTURES) for i in range(pictures)]
-    x, y = single_blobs(kinds, seed).to(device), torch.tensor(kinds, device=device)
-    print(f"{pictures} pictures of {len(PRETRAINING_TEXTURES)} textures, {time.time() - start:.0f} s", flush=True)
-    held_out, batch = pictures // 16, 64
-    steps = (pictures - held_out) // batch  # per epoch
-
-    encoder = TinyEncoder().to(device)
-    head = nn.Linear(encoder.high_channels, len(PRETRAINING_TEXTURES)).to(device)
-    net = nn.ModuleList([encoder, head])
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(  # a short warm-up, then cosine
-        optimizer, max_lr=0.1, total_steps=epochs * steps, pct_start=0.02, cycle_momentum=False
-    )
-    for epoch in range(epochs):
-        net.train()
-        for rows in (held_out + torch.randperm(pictures - held_out)).to(device)[: steps * batch].split(batch):
-            inputs = x[rows][:, torch.randperm(3)]  # colour carries no class
-            inputs = inputs.flip([axis for axis in (2, 3) if torch.rand(()) < 0.5])
-            loss = F.cross_entropy(head(encoder(inputs)[1].mean(dim=(2, 3))), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        net.eval()
-        with torch.no_grad():
-            outputs = torch.cat([head(encoder(part)[1].mean(dim=(2, 3))) for part in x[:held_out].split(256)])
-        hits = (outputs.argmax(dim=1) == y[:held_out]).float()
-        print(f"epoch {epoch + 1}  held-out accuracy {hits.mean():.3f}  {time.time() - start:.0f} s", flush=True)
-    print("  ".join(f"{name} {hits[y[:held_out] == k].mean():.2f}" for k, name in enumerate(PRETRAINING_TEXTURES)))
-
-    state = {key: value.cpu().half() if value.is_floating_point() else value.cpu()
-             for key, value in encoder.state_dict().items()}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    os.replace(temporary, output)
-    return hits.mean().item()
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.synthetic", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("generate", help="write a data set in VOC's layout")
-    command.add_argument("--variant", choices=VARIANTS, default="shapes")
-    command.add_argument("--root", type=Path, required=True)
-    command = commands.add_parser("pretrain", help="train the tiny encoder to classify single textures")
-    command.add_argument("--output", type=Path, default=TINY_WEIGHTS)
-    command.add_argument("--epochs", type=int, default=10)
-    command.add_argument("--pictures", type=int, default=16000)
-    command.add_argument("--seed", type=int, default=7)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = vars(parser.parse_args(arguments))
-    {"generate": generate, "pretrain": pretrain}[options.pop("command")](**options)
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m common.synthetic", description="Write an embedded data set in VOC's layout.")
+    parser.add_argument("--variant", choices=VARIANTS, default="shapes")
+    parser.add_argument("--root", type=Path, help="folder to write; default: data/<variant>")
+    args = parser.parse_args()
+    generate(args.root or Path("data") / args.variant, args.variant)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

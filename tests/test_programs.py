@@ -37,7 +37,7 @@ def succeed(*arguments, torchrun: int = 0) -> str:
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "shapes"
-    succeed("-m", "common.synthetic", "generate", "--variant", "shapes", "--root", root)
+    succeed("-m", "common.synthetic", "--variant", "shapes", "--root", root)
     return root
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common import synthetic
+from common import pretrain, synthetic
 from common.deeplab import TINY_WEIGHTS, TinyEncoder
+from common.runtime import UserError
 from common.synthetic import VARIANTS, choose_labeled, draw, generate, voc_palette
 
 SMALL = replace(VARIANTS["shapes"], train=120, val=10, tune=8)
@@ -162,15 +163,15 @@ def test_deterministic_and_idempotent(root, tmp_path):
 
 def test_refuses_other_dials_versions_and_foreign_folders(root, tmp_path, monkeypatch):
     before = contents(root)
-    with pytest.raises(FileExistsError, match="delete that folder") as error:
+    with pytest.raises(UserError, match="delete that folder") as error:
         generate(root, replace(SMALL, exponent=1.0))
     assert str(root) in str(error.value)
     monkeypatch.setattr(synthetic, "FORMAT", synthetic.FORMAT + 1)
-    with pytest.raises(FileExistsError, match="another version"):
+    with pytest.raises(UserError, match="another version"):
         generate(root, SMALL)
     assert contents(root) == before
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not generated here"):
+    with pytest.raises(UserError, match="not generated here"):
         generate(tmp_path, SMALL)
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
     with pytest.raises(KeyError):
@@ -210,7 +211,7 @@ def test_an_existing_empty_folder_is_filled(tmp_path):
 
 
 def test_every_texture_is_normalised_and_unknown_ones_are_refused():
-    for name in set(synthetic.PRETRAINING_TEXTURES) - {"plain"}:
+    for name in set(pretrain.PRETRAINING_TEXTURES) - {"plain"}:
         field = synthetic.texture(name, VARIANTS["shapes"], np.random.default_rng(0))
         assert field.shape == (64, 64) and field.dtype == np.float32
         assert abs(field.mean()) < 1e-3 and abs(field.std() - 1) < 1e-3
@@ -236,9 +237,9 @@ def test_shipped_weights_are_small_and_half_precision():
 
 def test_shipped_encoder_tells_textures_apart():
     """Nearest class centroid in pooled features: far above random weights, on pictures never used in pretraining."""
-    count = len(synthetic.PRETRAINING_TEXTURES)
+    count = len(pretrain.PRETRAINING_TEXTURES)
     kinds = [i % count for i in range(40 * count)]
-    x, y, half = synthetic.single_blobs(kinds, seed=1234), torch.tensor(kinds), len(kinds) // 2
+    x, y, half = pretrain.single_blobs(kinds, seed=1234), torch.tensor(kinds), len(kinds) // 2
 
     def accuracy(encoder: TinyEncoder) -> float:
         with torch.no_grad():
@@ -253,7 +254,7 @@ def test_shipped_encoder_tells_textures_apart():
 
 
 def test_pretraining_runs_and_writes_loadable_weights(tmp_path):
-    accuracy = synthetic.pretrain(tmp_path / "encoder.pt", epochs=1, pictures=160, seed=0, device="cpu")
+    accuracy = pretrain.pretrain(tmp_path / "encoder.pt", epochs=1, pictures=160, seed=0, device="cpu")
     assert 0 <= accuracy <= 1
     TinyEncoder().load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.pt"]
