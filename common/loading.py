@@ -6,7 +6,6 @@ the number of ranks nor on the number of workers, and a resumed run goes on with
 """
 
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +175,6 @@ def loader(dataset: Dataset, num_workers: int | None, context: Context, **option
 
 def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # A signal for the whole process group is the trainer's to answer: it saves, and its workers go when it goes.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A process group of its own: Ctrl-C or a scheduler's SIGTERM for the trainer's group is the trainer's to answer. It
+    # saves first, and its workers end with it.
+    os.setpgrp()

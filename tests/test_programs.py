@@ -16,7 +16,7 @@ QUICK = ["--batch-size", "2", "--iterations", "8", "--eval-every", "8", "--save-
 
 
 def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--master_port=0"] if torchrun else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"] if torchrun else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
@@ -24,7 +24,7 @@ def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
 
 def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
     process = start(*arguments, torchrun=torchrun)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=150)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
