@@ -2,9 +2,10 @@
 
 Idea. A pseudo label is trusted by a weight f(p) of its confidence p. A wrong pseudo label that is used costs E1, a
 right one that is thrown away costs E2. Fit the confidences of right and of wrong predictions on *labeled* pixels by
-two truncated Gaussians g+ and g-; the f that minimises E1 + E2 is a step at the point t* where g+ overtakes g-. The
-threshold follows the network as it learns, and nothing has to be set by hand. Distribution alignment first rescales
-the predictions on unlabeled images so that their average agrees with that on labeled ones.
+two truncated Gaussians g+ and g-; of all steps f(p) = 1[p >= t], the one at the point t* where g+ overtakes g-
+minimises E1 + E2 (and of all f, where g+ and g- cross once). The threshold follows the network as it learns, nothing is
+set by hand. Distribution alignment first rescales the predictions on unlabeled images so that their average agrees with
+that on labeled ones.
 
     Eq. 1, 2    supervised loss, weighted loss on pseudo labels         supervised_loss, weighted_loss
     Eq. 3, 4    truncated Gaussians g+, g-                              truncated_gaussian_mass
@@ -16,17 +17,26 @@ the predictions on unlabeled images so that their average agrees with that on la
 
                       paper                      released code              here
     threshold t*      Eq. 11 with alpha, beta    without alpha, beta        Eq. 11
-    no crossing       not said                   keeps the last threshold   t* = 1/C, see optimal_threshold
+    t* not in [1/C,1] not said                   clamped: above 1, nothing  1/C: everything is used; see
+    or no crossing                               is used; none: the last t* optimal_threshold
     mean, variance    per image, then averaged   pooled over the batch      per image (Eq. 5)
-    start             mean 1/C, variance 1       mean 1/C, variance 1/2     mean 1/C, variance 1
+    start             mean 1/C, variance 1       mean 1/C, variance 1/2,    mean 1/C, variance 1
+                                                 threshold 0.95
     few pixels        not said                   under 10: keep old values  under 10 in the global batch: keep old values
     several ranks     not said                   mean of each rank's        sums over ranks: equal to one process
     alignment         E[q(x)]                    E[max q(x)] of the pixels  E[q(x)] (Eq. 12)
                                                  predicted as the class
     total loss        L_s + L_u                  (L_s + L_u) / 2            (L_s + L_u) / 2, as UniMatch
-    CutMix partner    not said                   a second unlabeled batch,  the next image of the global batch,
-                                                 predicted in eval mode     with the pseudo label it has anyway
+    pixel averages    over H x W of each image   over non-ignored pixels    over non-ignored pixels of the global batch
+                                                 of each rank
+    CutMix partner    not said                   a second unlabeled batch,  the neighbour in the global batch, with the
+                                                 predicted in eval mode     pseudo label it has anyway
     perturbed decode  "channel dropout"          labeled and unlabeled      unlabeled only: the labeled half has no loss
+    ResNet stem       not said                   three 3x3 convolutions     7x7, for torchvision's ImageNet weights
+    PASCAL crop       513                        513                        321 (513 overfits with few labels): --crop
+    precision         not said                   fp32                       bf16 autocast on GPUs that have it: --no-amp
+    Sup.-only length  not said                   epochs of the labeled      as many steps as the semi-supervised runs
+                                                 list
     evaluated model   not said                   raw and EMA, the better    the raw one; with --ema-decay the EMA
 
 Commands
@@ -34,7 +44,9 @@ Commands
     python daw.py --dataset pascal --data-root VOC2012 --labeled 92  one GPU
     torchrun --nproc_per_node=8 daw.py --dataset pascal --data-root VOC2012 --labeled 92 --crop 513
 
-Baselines and ablations of Tables 2-5: --supervised, --weighting none | fixed | power | daw, --no-align, --stats-momentum.
+Baselines and ablations: --supervised (Sup.-only of Table 2), --weighting none | fixed | daw and --no-align (Table 4),
+--weighting power (AEL in Table 1), --stats-momentum (Table 5). The first two rows of Table 4 keep UniMatch's three views,
+as the paper does; Pseudo-Label and FixMatch of Table 2 are other methods' numbers.
 """
 
 import json
@@ -52,7 +64,7 @@ from common.deeplab import DeepLabV3Plus
 from common.evaluate import evaluate
 from common.files import write_atomically
 from common.loading import class_pixels, evaluation_loader, training_loader
-from common.options import TrainingOptions, fill_from_recipe, option, parse
+from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.run import Run
 
 WEIGHTINGS = ("none", "fixed", "power", "daw")
@@ -66,7 +78,7 @@ class Config(TrainingOptions):
     align: bool | None = option(None, "distribution alignment, Eq. 12; default: on with --weighting daw")
     threshold: float | None = option(None, "confidence threshold of --weighting fixed; default: the data set's recipe (0.95)")
     stats_momentum: float = option(0.99, "m of Eq. 6, for the Gaussians and for the means of the alignment (Table 5)")
-    supervised: bool = option(False, "labeled images only (Sup.-only of Tables 2 and 3)")
+    supervised: bool = option(False, "labeled images only (Sup.-only of Table 2)")
     strong_labeled: bool = option(False, "with --supervised: colour jitter, grayscale and blur on labeled images too")
 
 
@@ -138,25 +150,36 @@ def pseudo_label_weight(confidence: Tensor, weighting: str, threshold) -> Tensor
     return (confidence >= threshold).to(confidence.dtype)
 
 
-def batch_sums(labeled_probs: Tensor, label: Tensor, unlabeled_probs: Tensor, valid: Tensor) -> Tensor:
-    """What Eq. 5 and 12 need of a batch, as sums that add up over parts of the batch and over ranks.
+def confidence_sums(probs: Tensor, label: Tensor) -> Tensor:
+    """Sums for Eq. 5 over labeled images: probs [B, C, H, W], label [B, H, W] with 255 = ignore.
 
-    labeled_probs, unlabeled_probs [B, C, H, W]; label [B, H, W] with 255 = ignore; valid bool [B, H, W].
-    Returns float64 [2, 4 + C + 1]. Row 0: right predictions and labeled classes; row 1: wrong ones and unlabeled classes.
-    Columns: images that have such pixels, sum over them of E[p], of E[p^2], pixels; sum of q(x) per class, pixels.
+    Returns float64 [2, 4], rows for right and wrong predictions: images that have such pixels, the sum over these images
+    of the mean of p, the sum of the mean of p^2, pixels.
     """
-    seen = label != IGNORE
-    confidence, prediction = labeled_probs.max(dim=1)
-    right = prediction == label
-    rows = []
-    for chosen, probs, counted in ((right & seen, labeled_probs, seen), (~right & seen, unlabeled_probs, valid)):
-        pixels = chosen.sum(dim=(1, 2))
-        mean = (confidence * chosen).sum(dim=(1, 2)) / pixels.clamp(min=1)
-        mean_square = (confidence.square() * chosen).sum(dim=(1, 2)) / pixels.clamp(min=1)
-        classes = (probs * counted.unsqueeze(1)).sum(dim=(0, 2, 3))
-        moments = torch.stack([(pixels > 0).sum(), mean.sum(), mean_square.sum(), pixels.sum()])
-        rows.append(torch.cat([moments, classes, counted.sum().view(1)]))
-    return torch.stack(rows).double()
+    confidence, prediction = probs.max(dim=1)
+    right, seen = prediction == label, label != IGNORE
+    chosen = torch.stack([right & seen, ~right & seen])
+    confidence = confidence.double()
+    pixels = chosen.sum(dim=(2, 3))
+    means = [(power * chosen).sum(dim=(2, 3)) / pixels.clamp(min=1) for power in (confidence, confidence.square())]
+    return torch.stack([(pixels > 0).double(), *means, pixels.double()], dim=-1).sum(dim=1)
+
+
+def class_sums(probs: Tensor, counted: Tensor) -> Tensor:
+    """Sums for the expectations of Eq. 12: q(x) per class over the pixels of `counted` (bool [B, H, W]), and their number.
+
+    probs [B, C, H, W]; returns float64 [C + 1].
+    """
+    return torch.cat([(probs * counted.unsqueeze(1)).sum(dim=(0, 2, 3)), counted.sum().view(1)]).double()
+
+
+def batch_sums(labeled_probs: Tensor, label: Tensor, unlabeled_probs: Tensor, valid: Tensor) -> Tensor:
+    """Both of the above as one float64 [2, 4 + C + 1], which adds up over parts of a batch and over ranks.
+
+    Columns 0-3: `confidence_sums`, rows right and wrong. The others: `class_sums`, rows labeled and unlabeled.
+    """
+    classes = torch.stack([class_sums(labeled_probs, label != IGNORE), class_sums(unlabeled_probs, valid)])
+    return torch.cat([confidence_sums(labeled_probs, label), classes], dim=1)
 
 
 class Statistics(nn.Module):
@@ -170,7 +193,7 @@ class Statistics(nn.Module):
         self.register_buffer("variance", ones.clone())  # [sigma+^2, sigma-^2]
         self.register_buffer("class_mean", torch.full((2, num_classes), 1 / num_classes, dtype=torch.float64))
 
-    def nothing(self) -> Tensor:
+    def empty_sums(self) -> Tensor:
         """The `batch_sums` of no image at all."""
         return self.class_mean.new_zeros(2, self.class_mean.shape[1] + 5)
 
@@ -181,12 +204,12 @@ class Statistics(nn.Module):
         variance = (square_sum / images.clamp(min=1) - mean**2).clamp(min=0)
         variance = variance * pixels / (pixels - 1).clamp(min=1)  # unbiased, Eq. 6
         enough = pixels >= MIN_PIXELS
-        class_pixels = sums[:, -1:]
-        class_mean = sums[:, 4:-1] / class_pixels.clamp(min=1)
+        class_sum, counted = sums[:, 4:-1], sums[:, -1:]
+        class_mean = class_sum / counted.clamp(min=1)
         return (
             torch.where(enough, torch.lerp(mean, self.mean, self.momentum), self.mean),
             torch.where(enough, torch.lerp(variance, self.variance, self.momentum), self.variance).clamp(min=1e-8),
-            torch.where(class_pixels > 0, torch.lerp(class_mean, self.class_mean, self.momentum), self.class_mean),
+            torch.where(counted > 0, torch.lerp(class_mean, self.class_mean, self.momentum), self.class_mean).clamp(min=1e-8),
         )
 
     def update(self, sums: Tensor) -> None:
@@ -208,29 +231,32 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor) -> Tenso
 # ================================================================ training
 
 
-def make_views(part: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float]) -> dict[str, Tensor]:
     """Weak crops as the loader gives them -> everything a step needs that does not depend on the network."""
     labeled = augment.to_float(part["labeled"])
     if config.strong_labeled:
-        labeled = augment.strong_augment(labeled)
+        labeled = augment.strong_augment(labeled, blur_sigma=blur)
     views = {"labeled": augment.normalize(labeled), "label": part["label"]}
     if config.supervised:
         return views
     weak = augment.to_float(part["unlabeled"])
-    views |= {"weak": augment.normalize(weak), "valid": part["valid"]} | {key: part[key] for key in part.keys() & {"truth"}}
+    views |= {"weak": augment.normalize(weak), "valid": part["valid"]}
+    if "truth" in part:
+        views["truth"] = part["truth"]
+    neighbour_valid = runtime.roll_global_batch(part["valid"])
     for view in ("strong_1", "strong_2"):
-        strong = augment.strong_augment(weak)
+        strong = augment.strong_augment(weak, blur_sigma=blur)
         boxes = augment.cutmix_boxes(len(weak), config.crop, device=weak.device)
         views[view] = augment.normalize(augment.cutmix(boxes, strong, runtime.roll_global_batch(strong)))
         views[view + "_boxes"] = boxes
-        views[view + "_valid"] = augment.cutmix(boxes, part["valid"], runtime.roll_global_batch(part["valid"]))
+        views[view + "_valid"] = augment.cutmix(boxes, part["valid"], neighbour_valid)
     return views
 
 
 def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
 
-    With them, neither the number of ranks nor of accumulated parts changes the loss.
+    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
     """
     names = [name for name in ("valid", "strong_1_valid", "strong_2_valid") if name in parts[0]]
     counts = [sum((part["label"] != IGNORE).sum() for part in parts)]
@@ -248,6 +274,10 @@ def train(config: Config) -> dict:
         config.threshold = data.info.threshold
     if config.align is None:
         config.align = config.weighting == "daw"
+    require(0 <= config.stats_momentum < 1, f"--stats-momentum must lie in [0, 1), not {config.stats_momentum}")
+    require(config.supervised or not config.strong_labeled, "--strong-labeled is for --supervised: the Gaussians of the "
+            "other methods are those of weakly augmented labeled images")
+    require(config.supervised or bool(data.unlabeled), "no unlabeled image is left: add --supervised")
 
     runtime.seed_everything(config.seed)
     model = build_model(config, data.info.num_classes)
@@ -260,23 +290,25 @@ def train(config: Config) -> dict:
         state["ema"] = runtime.WeightAverage(model, config.ema_decay)
     runtime.seed_everything(config.seed + 1000 * context.rank)  # ranks augment differently
 
-    run = Run("daw", config, context, state)
+    run = Run("daw", config, context, state, images_per_step=config.batch_size * (1 if config.supervised else 2))
     start = run.begin()
     labeled_pixels = class_pixels(data)
     loader = training_loader(data, config, context, start, config.iterations, unlabeled=not config.supervised)
 
     for iteration, batch in enumerate(loader, start):
         runtime.poly_lr(optimizer, iteration, config.iterations)
-        parts = [make_views(part, config) for part in runtime.split_batch(batch, config.grad_accum, context.device)]
+        parts = [make_views(part, config, data.info.blur) for part in runtime.split_batch(batch, config.grad_accum, context.device)]
         counts = pixel_counts(parts)
-        observed, logged = statistics.nothing(), {}
+        observed, logged = statistics.empty_sums(), {}
         for number, views in enumerate(parts):
-            with runtime.no_sync_unless(number == len(parts) - 1, network), runtime.autocast(config, context.device):
+            last = number == len(parts) - 1
+            with runtime.no_sync_unless(last, network), runtime.autocast(config, context.device):
                 if config.supervised:
                     loss = supervised_loss(network(views["labeled"]), views["label"]) / counts["label"]
                     terms = {"loss": loss}
                 else:
                     loss, terms, observed = daw_loss(network, views, counts, statistics, observed, config)
+            with runtime.no_sync_unless(last, network):
                 loss.backward()
             logged = {name: value.detach() + logged.get(name, 0.0) for name, value in terms.items()}
         optimizer.step()
@@ -352,7 +384,6 @@ def report(statistics: Statistics, means: dict[str, float], config: Config) -> d
 def validate(run: Run, data, labeled_pixels: Tensor) -> dict:
     """Metrics on the validation list; leaves the network in training mode."""
     model, config, context = run.state["model"], run.config, run.context
-    runtime.average_buffers(model)
     loader = evaluation_loader(getattr(data, config.eval_split), data, context, config.num_workers)
     results = evaluate(predictor(run.evaluated_model, config), loader, data.info, context, labeled_pixels)
     model.train()
@@ -399,5 +430,9 @@ def plot_distributions(folder: Path) -> None:
     write_atomically(folder / "distributions.png", lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
+def main() -> None:
+    train(parse(Config, description=__doc__))
+
+
 if __name__ == "__main__":
-    runtime.run_main(lambda: train(parse(Config, description=__doc__)) and 0)
+    runtime.run_main(main)

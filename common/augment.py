@@ -237,7 +237,7 @@ def strong_augment(
 
     x: float [B,3,H,W] in [0,1], returned likewise (not normalised). generator: on x.device.
     jitter: brightness, contrast and saturation factors are U(1 - v, 1 + v) with v <= 1, the hue shift is U(-v, v).
-    Defaults: METHODS section 0, i.e. UniMatch's released code.
+    Defaults: those of UniMatch's released code.
     """
     # All images take every operation and torch.where keeps what was drawn: the device need not ask which.
     uniform = torch.rand(8, len(x), generator=generator, device=x.device, dtype=x.dtype)

@@ -111,7 +111,7 @@ def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, 
     probs = torch.rand(batch, classes, crop, crop, device=device).softmax(dim=1)
 
     def whole() -> None:
-        views = daw.make_views(part, config)
+        views = daw.make_views(part, config, (0.1, 2.0))
         with runtime.autocast(config, device):
             loss, _, sums = daw.daw_loss(network, views, daw.pixel_counts([views]), statistics, statistics.nothing(), config)
         loss.backward()
@@ -125,7 +125,7 @@ def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, 
         daw.optimal_threshold(mean[0], variance[0], mean[1], variance[1], classes)
         daw.align_distribution(probs, *class_mean)
 
-    candidates = {"step": whole, "statistics": statistics_and_alignment, "augmentation": lambda: daw.make_views(part, config)}
+    candidates = {"step": whole, "statistics": statistics_and_alignment, "augmentation": lambda: daw.make_views(part, config, (0.1, 2.0))}
     seconds = median_seconds(candidates, rounds, device)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**30

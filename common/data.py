@@ -49,10 +49,11 @@ class DatasetInfo:
     name: str
     classes: tuple[str, ...]
     default_labeled: str
-    # Recipe: METHODS of the field, see the README. Learning rate belongs to `batch_size` labeled + as many unlabeled.
+    # Recipe of the field (UniMatch's for pascal). The learning rate belongs to `batch_size` labeled + as many unlabeled.
     backbone: str
     crop: int
     scale: tuple[float, float]  # the weak view's random resize
+    blur: tuple[float, float]  # range of sigma in the strong view, pixels
     epochs: int
     batch_size: int
     lr: float
@@ -78,7 +79,7 @@ class DatasetInfo:
 def shapes_info(name: str, crop: int, epochs: int, eval_batch: int) -> DatasetInfo:
     return DatasetInfo(
         name, synthetic.VARIANTS[name].classes, default_labeled="24", backbone="tiny", crop=crop, scale=(0.7, 1.4),
-        epochs=epochs, batch_size=8, lr=0.003, head_lr_multiplier=10, threshold=0.95, evaluation="whole",
+        blur=(0.1, 1.0), epochs=epochs, batch_size=8, lr=0.01, head_lr_multiplier=3, threshold=0.95, evaluation="whole",
         eval_batch=eval_batch, unlabeled_truth=True,
     )
 
@@ -86,11 +87,11 @@ def shapes_info(name: str, crop: int, epochs: int, eval_batch: int) -> DatasetIn
 DATASETS = {
     info.name: info
     for info in (
-        shapes_info("shapes", crop=64, epochs=14, eval_batch=20),
-        shapes_info("shapes_severe", crop=64, epochs=14, eval_batch=20),
-        shapes_info("shapes_large", crop=128, epochs=40, eval_batch=20),
+        shapes_info("shapes", crop=48, epochs=28, eval_batch=20),
+        shapes_info("shapes_severe", crop=48, epochs=28, eval_batch=20),
+        shapes_info("shapes_large", crop=96, epochs=40, eval_batch=20),
         DatasetInfo(
-            "pascal", VOC_CLASSES, default_labeled="92", backbone="resnet101", crop=321, scale=(0.5, 2.0), epochs=80,
+            "pascal", VOC_CLASSES, default_labeled="92", backbone="resnet101", crop=321, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=80,
             batch_size=8, lr=0.001, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
             full_list=unimatch_list("splits/pascal/train_aug.txt", 10582,
                                     "f04ab664c71f84950a3a1fd28544b6851500c81a9aff890c4b9279639a32152c"),

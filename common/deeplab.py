@@ -183,7 +183,8 @@ class DeepLabV3Plus(nn.Module):
         if perturb:  # decode clean and perturbed features together: one pass, joint batch statistics
             low = torch.cat([low, F.dropout2d(low[-perturb:], 0.5)])
             high = torch.cat([high, F.dropout2d(high[-perturb:], 0.5)])
-        logits = self.classifier(self.decode(low, high))
+        # float32 before the upsampling: in bf16 it would move confidences across a threshold
+        logits = self.classifier(self.decode(low, high)).float()
         logits = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=True)
         return (logits[: len(images)], logits[len(images):]) if perturb else logits
 

@@ -166,6 +166,7 @@ def evaluate(predict: Predict, loader: Iterable[dict], info: DatasetInfo, contex
     classes = info.num_classes
     shapes = {"confusion": (classes, classes), "histogram": (3, 15), "accepted": (2,), "images": (1,)}
     totals = {name: torch.zeros(shape, dtype=torch.float64, device=context.device) for name, shape in shapes.items()}
+    tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it would start anew for every size
     for batch in loader:
         images = normalize(batch["image"].to(context.device, non_blocking=True))
         label = batch["label"].to(context.device, non_blocking=True)
@@ -178,6 +179,7 @@ def evaluate(predict: Predict, loader: Iterable[dict], info: DatasetInfo, contex
             accepted = valid & (confidence >= threshold)
             totals["accepted"] += torch.stack([accepted.sum(), (accepted & correct).sum()])
 
+    torch.backends.cudnn.benchmark = tuning
     # One message between the ranks; float64 holds counts exactly up to 2^53.
     flat = all_reduce_sum(torch.cat([total.flatten() for total in totals.values()])).cpu()
     parts = flat.split([total.numel() for total in totals.values()])

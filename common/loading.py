@@ -1,8 +1,8 @@
 """Reading pictures and masks, and the loaders of training and evaluation.
 
 Loader workers do geometry only and hand over uint8; colours are changed in batches on the device (common.augment).
-Every sample has its own generator seeded by (seed, stream, position in the run): what a step sees depends neither on
-the number of ranks nor on the number of workers, and a resumed run goes on with the samples it would have seen.
+Every sample has its own generator seeded by (seed, stream, position in the run): which crops a step sees depends neither
+on the number of ranks nor on the number of workers, and a resumed run goes on with the samples it would have seen.
 """
 
 import os

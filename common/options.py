@@ -39,8 +39,8 @@ class TrainingOptions:
     # optimisation
     crop: int | None = option(None, "training crop in pixels; default: the data set's recipe")
     batch_size: int | None = option(None, "labeled images a step over all GPUs, and as many unlabeled; default: the recipe's")
-    grad_accum: int = option(1, "split each step's batch into so many parts; statistics and averages stay those of the whole batch "
-                                "(batch norm and CutMix see the parts)")
+    grad_accum: int = option(1, "split each step's batch into so many parts, to save memory; averages over pixels stay those of the "
+                                "whole batch, batch norm and CutMix see the parts")
     epochs: int | None = option(None, "passes over the unlabeled list; default: the recipe's")
     iterations: int | None = option(None, "optimizer steps instead of epochs")
     lr: float | None = option(None, "learning rate of the encoder; default: the recipe's, linear in the batch size")
@@ -130,6 +130,9 @@ def fill_from_recipe(config: TrainingOptions, method: str, data, context) -> Non
     parts = context.world_size * config.grad_accum
     require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} cannot be shared by {context.world_size} "
             f"ranks in {config.grad_accum} accumulated parts: make it a multiple of {parts}")
+    # The pooled branch of ASPP normalises over images: one image alone has no batch statistics.
+    per_pass = config.batch_size // parts * (1 if getattr(config, "supervised", False) else 2)
+    require(per_pass > 1, f"--batch-size {config.batch_size} leaves one image a rank and part: batch norm needs two")
     data.info = dataclasses.replace(info, crop=config.crop)  # a sliding window is as large as the training crop
     if config.lr is None:
         config.lr = info.lr * config.batch_size / info.batch_size

@@ -33,8 +33,9 @@ class Run:
     state["model"] is required; state["ema"], if there, is what is evaluated and predicted with.
     """
 
-    def __init__(self, method: str, config, context: Context, state: dict):
+    def __init__(self, method: str, config, context: Context, state: dict, images_per_step: int | None = None):
         self.method, self.config, self.context, self.state = method, config, context, state
+        self.images_per_step = images_per_step or 2 * config.batch_size  # labeled and unlabeled
         self.folder = Path(config.output)
         self.best: dict | None = None
         self.last: dict | None = None
@@ -64,7 +65,7 @@ class Run:
                 self.tensorboard = open_tensorboard(self.folder)
             if start:
                 self.say(f"resuming {self.folder} at iteration {start}")
-        self.started, self.start_iteration = time.monotonic(), start
+        self.started, self.start_iteration, self.evaluating = time.monotonic(), start, 0.0
         return start
 
     def restore(self, checkpoint: dict) -> int:
@@ -108,7 +109,9 @@ class Run:
         if (iteration + 1) % self.config.log_every == 0 or iteration + 1 == self.config.iterations:
             means = self.read_pending(iteration)
             self.pending = []
-            line = {"iteration": iteration + 1, **means, **(slow(means) if slow else {})}
+            training = time.monotonic() - self.started - self.evaluating
+            speed = self.images_per_step * (iteration + 1 - self.start_iteration) / training
+            line = {"iteration": iteration + 1, **means, **(slow(means) if slow else {}), "images_per_second": round(speed, 2)}
             self.write_line(line)
             self.show_progress(line)
 
@@ -133,10 +136,21 @@ class Run:
         return self.state["ema"].model if "ema" in self.state else self.state["model"]
 
     def should_evaluate(self, iteration: int) -> bool:
-        return (iteration + 1) % self.config.eval_every == 0 or iteration + 1 == self.config.iterations
+        """Whether to call `note_results` after this step; if so, the network is made ready for it on every rank."""
+        if (iteration + 1) % self.config.eval_every and iteration + 1 < self.config.iterations:
+            return False
+        self.read_pending(iteration)  # never evaluate after a loss that was not finite
+        self.average_buffers()
+        self.evaluation_started = time.monotonic()
+        return True
+
+    def average_buffers(self) -> None:
+        for model in {id(model): model for model in (self.state["model"], self.evaluated_model)}.values():
+            runtime.average_buffers(model)
 
     def note_results(self, iteration: int, results: dict) -> None:
         """Keep an evaluation: log it, write results.json, and best.pt if it is the best so far."""
+        self.evaluating += time.monotonic() - self.evaluation_started
         self.last = {"iteration": iteration + 1, **results}
         if results["miou"] is None:
             raise UserError("no pixel of the validation list has a label: nothing to evaluate")
@@ -163,6 +177,7 @@ class Run:
     def save(self, iteration: int) -> None:
         """latest.pt: all of `state`, the random generators of every rank and the position in the data."""
         self.read_pending(iteration)  # never save after a loss that was not finite
+        self.average_buffers()
         rng = [runtime.rng_state()]
         if self.context.world_size > 1:
             rng = [None] * self.context.world_size
@@ -222,11 +237,10 @@ class Run:
     def show_progress(self, line: dict) -> None:
         if not self.context.is_main:
             return
-        done = line["iteration"] - self.start_iteration
-        seconds = (time.monotonic() - self.started) / done
-        left = seconds * (self.config.iterations - line["iteration"])
+        seconds = (time.monotonic() - self.started) / (line["iteration"] - self.start_iteration)
+        left = round(seconds * (self.config.iterations - line["iteration"]))
         text = (f"{line['iteration']}/{self.config.iterations}  loss {line['loss']:.4f}  "
-                f"{2 * self.config.batch_size / seconds:.1f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+                f"{line['images_per_second']:.1f} images/s  {left // 60}:{left % 60:02} left")
         if sys.stdout.isatty():
             print(f"\r\033[K{text}", end="", flush=True)
         elif line["iteration"] % (5 * self.config.log_every) == 0:

@@ -172,7 +172,10 @@ def autocast(config, device: torch.device):
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Mean over ranks of the running statistics, for ranks without SyncBatchNorm, before they are used or saved."""
+    """Mean over ranks of the running statistics: ranks without SyncBatchNorm (CPUs) have seen different images.
+
+    Before every evaluation and every save, so that all ranks use, keep and resume from the same ones.
+    """
     if dist.is_initialized():
         for buffer in model.buffers():
             if buffer.is_floating_point():

@@ -1,5 +1,6 @@
 """Fixtures of several test files. Tests import the modules from the repository root, as a user does."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,15 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
+
+
+@pytest.fixture
+def keep_signal_handlers():
+    """A Run takes SIGTERM and SIGINT; pytest wants them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

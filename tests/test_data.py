@@ -3,6 +3,8 @@
 import hashlib
 import http.client
 import io
+import multiprocessing
+import os
 import random
 import urllib.error
 import urllib.request
@@ -15,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import daw
 from common import loading
 from common.data import DATASETS, VOC_CLASSES, Data, PublishedList, Sample, load_data, published_list, read_list, voc_folder
 from common.loading import EvaluationSet, SampleStream, TrainingBatches, TrainingSet, evaluation_loader, open_image, open_mask, training_loader
@@ -135,6 +138,22 @@ def test_a_list_of_ones_own(voc, voc_root, tmp_path):
     assert [sample.name for sample in data.unlabeled] == ids(voc_root)[2:]
     missing_mask = write_list(tmp_path, f"JPEGImages/{ids(voc_root)[0]}.jpg", "bare.txt")
     assert "no mask" in error_of(load_data, replace(voc, labeled_list=str(missing_mask)), ALONE)
+
+
+def test_an_unlabeled_list_of_ones_own(voc, voc_root, tmp_path):
+    own = write_list(tmp_path, "".join(f"{name}\n" for name in ids(voc_root)[:5]), "own.txt")
+    data = load_data(replace(voc, unlabeled_list=str(own)), ALONE)
+    assert [sample.name for sample in data.labeled] == ids(voc_root, "labeled_3")
+    assert [sample.name for sample in data.unlabeled] == [name for name in ids(voc_root)[:5] if name not in ids(voc_root, "labeled_3")]
+    leaked = ids(voc_root, "val")[0]
+    write_list(tmp_path, f"{leaked}\n", "own.txt")
+    assert f"JPEGImages/{leaked}.jpg" in error_of(load_data, replace(voc, unlabeled_list=str(own)), ALONE)
+
+
+def test_training_without_an_unlabeled_image_is_refused(voc, tmp_path, keep_signal_handlers):
+    config = daw.Config(**{**vars(voc), "labeled": "all", "backbone": "tiny", "weights": "none", "iterations": 1, "device": "cpu",
+                           "output": str(tmp_path / "run")})
+    assert "unlabeled" in error_of(daw.train, config)
 
 
 def test_validation_images_in_training_lists_are_refused(voc, voc_root, tmp_path):
@@ -405,7 +424,8 @@ def test_all_ranks_together_see_what_one_process_sees(ranks):
             together = [key for part in each for key in part[step] if key[0] == stream]
             assert together == [key for key in alone[step] if key[0] == stream]
     assert [sum(key[0] for key in step) for step in alone] == [4] * 20
-    assert sorted(key[1] for step in alone for key in step if key[0] == 1)[:4] == [0, 0, 0, 0]  # 80 draws of 23: 3 or 4 each
+    drawn = [key[1] for step in alone for key in step if key[0] == 1]
+    assert {drawn.count(index) for index in range(23)} == {3, 4}  # 80 draws of 23
     positions = [key[2] for step in alone for key in step if key[0] == 1]
     assert positions == list(range(80))  # so each draw has its own augmentation
 
@@ -470,6 +490,16 @@ def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, monkeypatch):
     assert supervised.keys() == {"labeled", "label"} and torch.equal(supervised["label"], batch["label"])
 
 
+def test_truth_of_some_unlabeled_images(voc, voc_root, tmp_path, monkeypatch):
+    """A list of one's own may name masks for some pictures only, also where the data set reads them for its log."""
+    monkeypatch.setitem(DATASETS, "tinyvoc", replace(DATASETS["tinyvoc"], unlabeled_truth=True))
+    first, *others = [name for name in ids(voc_root) if name not in ids(voc_root, "labeled_3")]
+    own = write_list(tmp_path, "".join(f"JPEGImages/{name}.jpg\n" for name in others) + f"{first}\n")
+    data = load_data(replace(voc, unlabeled_list=str(own)), ALONE)
+    batches = batches_of(data, voc, 0)
+    assert len(batches) == 4 and len({tuple(sorted(batch)) for batch in batches}) == 1  # what is logged does not change on the way
+
+
 def test_an_error_in_a_worker_names_the_file(voc, voc_root):
     data = load_data(voc, ALONE)
     path = voc_root / data.labeled[0].image
@@ -477,6 +507,19 @@ def test_an_error_in_a_worker_names_the_file(voc, voc_root):
     with pytest.raises(UserError) as caught:
         batches_of(data, voc, 1)
     assert str(path) in str(caught.value).strip().splitlines()[-1]
+
+
+def test_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
+    """PyTorch ends workers by SIGTERM where they do not end by themselves: one that ignored it would hang the program."""
+    data = load_data(voc, ALONE)
+    known = multiprocessing.active_children()
+    batches = iter(training_loader(data, replace(voc, num_workers=1), ALONE, 0, 50))
+    next(batches)
+    (worker,) = [child for child in multiprocessing.active_children() if child not in known]
+    assert os.getpgid(worker.pid) != os.getpgrp()  # so a Ctrl-C in the terminal is for the trainer alone
+    worker.terminate()
+    worker.join(4)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

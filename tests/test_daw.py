@@ -13,6 +13,7 @@ import daw
 from common import augment, runtime
 
 IGNORE = 255
+BLUR = (0.1, 1.0)
 
 # ---------------------------------------------------------------- Eq. 3, 4, 11: where the densities cross
 
@@ -330,7 +331,7 @@ def test_nothing_labeled_and_nothing_valid_keep_everything():
     statistics = daw.Statistics(5, 0.9)
     expected = [buffer.clone() for buffer in statistics.buffers()]
     statistics.update(daw.batch_sums(labeled, torch.full_like(label, IGNORE), unlabeled, torch.zeros_like(valid)))
-    statistics.update(statistics.nothing())
+    statistics.update(statistics.empty_sums())
     for old, new in zip(expected, statistics.buffers()):
         torch.testing.assert_close(new, old, rtol=0, atol=0)
 
@@ -338,7 +339,7 @@ def test_nothing_labeled_and_nothing_valid_keep_everything():
 def test_sums_of_parts_add_up_to_those_of_the_batch():
     batch = draw_batch(7, images=4)
     whole = daw.batch_sums(*batch)
-    assert whole.shape == daw.Statistics(5, 0.9).nothing().shape == (2, 10) and whole.dtype == torch.float64
+    assert whole.shape == daw.Statistics(5, 0.9).empty_sums().shape == (2, 10) and whole.dtype == torch.float64
     parts = sum(daw.batch_sums(*(tensor[part : part + 1] for tensor in batch)) for part in range(4))
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
 
@@ -477,7 +478,7 @@ def settled_statistics(momentum=0.9, classes=4, means=(0.85, 0.6), variances=(0.
 
 
 def one_part(network, views, statistics, config):
-    return daw.daw_loss(network, views, daw.pixel_counts([views]), statistics, statistics.nothing(), config)
+    return daw.daw_loss(network, views, daw.pixel_counts([views]), statistics, statistics.empty_sums(), config)
 
 
 @pytest.mark.parametrize("align", [False, True])
@@ -615,11 +616,11 @@ def draw_training_batch(seed, size=4, crop=16, classes=4):
 
 
 def test_strong_views_show_and_are_labeled_as_the_neighbour_inside_the_box(monkeypatch):
-    monkeypatch.setattr(augment, "strong_augment", lambda x: x)
+    monkeypatch.setattr(augment, "strong_augment", lambda x, blur_sigma: x)
     config = daw.Config(weighting="none", align=False, crop=16, threshold=0.95)
     batch = draw_training_batch(0)
     torch.manual_seed(3)
-    views = daw.make_views(batch, config)
+    views = daw.make_views(batch, config, BLUR)
     weak = augment.normalize(batch["unlabeled"])
     mixed = 0
     for view in ("strong_1", "strong_2"):
@@ -649,19 +650,19 @@ def test_strong_views_show_and_are_labeled_as_the_neighbour_inside_the_box(monke
 
 def test_supervised_views_hold_labeled_images_only():
     batch = draw_training_batch(1)
-    plain = daw.make_views(batch, daw.Config(supervised=True, crop=16))
+    plain = daw.make_views(batch, daw.Config(supervised=True, crop=16), BLUR)
     assert plain.keys() == {"labeled", "label"}
     torch.testing.assert_close(plain["labeled"], augment.normalize(batch["labeled"]))
-    strong = daw.make_views(batch, daw.Config(supervised=True, strong_labeled=True, crop=16))
+    strong = daw.make_views(batch, daw.Config(supervised=True, strong_labeled=True, crop=16), BLUR)
     assert not torch.allclose(strong["labeled"], plain["labeled"]) and torch.equal(strong["label"], batch["label"])
 
 
 def accumulate(batch, parts, config, statistics):
     """The gradient part of train's loop: (logged terms, gradients, statistics after the step)."""
     network = Pointwise()
-    views = [daw.make_views(part, config) for part in runtime.split_batch(batch, parts, torch.device("cpu"))]
+    views = [daw.make_views(part, config, BLUR) for part in runtime.split_batch(batch, parts, torch.device("cpu"))]
     counts = daw.pixel_counts(views)
-    observed, logged = statistics.nothing(), {}
+    observed, logged = statistics.empty_sums(), {}
     for part in views:
         loss, terms, observed = daw.daw_loss(network, part, counts, statistics, observed, config)
         loss.backward()
@@ -673,7 +674,7 @@ def accumulate(batch, parts, config, statistics):
     ("none", False, 0.9), ("fixed", False, 0.9), ("power", False, 0.9), ("daw", True, 1.0), ("fixed", True, 1.0)])
 def test_accumulated_parts_equal_the_whole_batch(monkeypatch, weighting, align, momentum):
     """CutMix off, photometry fixed, no batch norm. Momentum 1: the parts see the same t* and the same class means."""
-    monkeypatch.setattr(augment, "strong_augment", lambda x: 1 - x)
+    monkeypatch.setattr(augment, "strong_augment", lambda x, blur_sigma: 1 - x)
     monkeypatch.setattr(augment, "cutmix_boxes", lambda batch, size, device: torch.zeros(batch, size, size, dtype=torch.bool))
     config = daw.Config(weighting=weighting, align=align, threshold=0.8, crop=16)
     batch = draw_training_batch(2)
