@@ -108,12 +108,13 @@ def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, 
             "unlabeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
             "valid": torch.ones(batch, crop, crop, dtype=torch.bool)}
     part = {name: value.to(device) for name, value in part.items()}
-    probs = torch.rand(batch, classes, crop, crop, device=device).softmax(dim=1)
+    logits = torch.randn(batch, classes, crop, crop, device=device)
+    weak_probs = logits.softmax(dim=1)  # pseudo labels need these in any case
 
     def whole() -> None:
         views = daw.make_views(part, config, (0.1, 2.0))
         with runtime.autocast(config, device):
-            loss, _, sums = daw.daw_loss(network, views, daw.pixel_counts([views]), statistics, statistics.nothing(), config)
+            loss, _, sums = daw.daw_loss(network, views, daw.pixel_counts([views]), statistics, statistics.empty_sums(), config)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -121,9 +122,9 @@ def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, 
 
     @torch.no_grad()
     def statistics_and_alignment() -> None:
-        mean, variance, class_mean = statistics.after(daw.batch_sums(probs, part["label"], probs, part["valid"]))
+        mean, variance, class_mean = statistics.after(daw.batch_sums(logits.softmax(dim=1), part["label"], weak_probs, part["valid"]))
         daw.optimal_threshold(mean[0], variance[0], mean[1], variance[1], classes)
-        daw.align_distribution(probs, *class_mean)
+        daw.align_distribution(weak_probs, *class_mean)
 
     candidates = {"step": whole, "statistics": statistics_and_alignment, "augmentation": lambda: daw.make_views(part, config, (0.1, 2.0))}
     seconds = median_seconds(candidates, rounds, device)

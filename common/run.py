@@ -27,6 +27,7 @@ from common.options import RESUMABLE
 from common.pictures import sample_grid
 from common.runtime import Context, UserError
 
+
 class Run:
     """`state` names everything that a checkpoint must restore: objects with state_dict and load_state_dict.
 

@@ -97,7 +97,7 @@ def voc(voc_root, monkeypatch) -> TrainingOptions:
     monkeypatch.setitem(DATASETS, "tinyvoc", info)
     lists = voc_root / "ImageSets" / "Segmentation"
     write_list(lists, "".join(f"{name}\n" for name in ids(voc_root)[1:8:3]), "labeled_3.txt")
-    return TrainingOptions(dataset="tinyvoc", data_root=str(voc_root), crop=33, batch_size=4, num_workers=0)
+    return TrainingOptions(dataset="tinyvoc", data_root=str(voc_root), crop=49, batch_size=4, num_workers=0)
 
 
 def ids(root: Path, name: str = "train") -> list[str]:
@@ -476,16 +476,24 @@ def test_workers_ranks_and_resuming_change_no_batch(voc):
     halves = [batches_of(data, voc, 0, Context(rank, 2, CPU)) for rank in range(2)]
     for step, whole in enumerate(alone):
         assert same(whole, {name: torch.cat([half[step][name] for half in halves]) for name in whole})
+    training = TrainingSet(data, voc.crop, voc.seed)
+    for step, key_list in enumerate(TrainingBatches(data, 4, True, voc.seed, ALONE, 0, 4)):
+        items = [training[key] for key in key_list]
+        for number in range(4):
+            assert torch.equal(alone[step]["labeled"][number], items[number]["image"])
+            assert torch.equal(alone[step]["label"][number], items[number]["label"])
+            assert torch.equal(alone[step]["unlabeled"][number], items[4 + number]["image"])
+            assert torch.equal(alone[step]["valid"][number], items[4 + number]["valid"])
     assert {name: (value.dtype, tuple(value.shape)) for name, value in alone[0].items()} == {
-        "labeled": (torch.uint8, (4, 3, 33, 33)), "label": (torch.uint8, (4, 33, 33)),
-        "unlabeled": (torch.uint8, (4, 3, 33, 33)), "valid": (torch.bool, (4, 33, 33))}
+        "labeled": (torch.uint8, (4, 3, 49, 49)), "label": (torch.uint8, (4, 49, 49)),
+        "unlabeled": (torch.uint8, (4, 3, 49, 49)), "valid": (torch.bool, (4, 49, 49))}
 
 
 def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, monkeypatch):
     monkeypatch.setitem(DATASETS, "tinyvoc", replace(DATASETS["tinyvoc"], unlabeled_truth=True))
     data = load_data(voc, ALONE)
     batch = next(iter(training_loader(data, voc, ALONE, 0, 1)))
-    assert batch["truth"].shape == (4, 33, 33) and (batch["truth"][~batch["valid"]] == 255).all()
+    assert batch["truth"].shape == (4, 49, 49) and not batch["valid"].all() and (batch["truth"][~batch["valid"]] == 255).all()
     supervised = next(iter(training_loader(data, voc, ALONE, 0, 1, unlabeled=False)))
     assert supervised.keys() == {"labeled", "label"} and torch.equal(supervised["label"], batch["label"])
 
@@ -544,3 +552,5 @@ def test_default_number_of_workers(monkeypatch):
     assert loading.default_workers(Context(0, 4, cuda)) == 4
     monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: range(2), raising=False)
     assert loading.loader([], None, Context(0, 4, CPU)).num_workers == 0  # never negative
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert loading.default_workers(ALONE) == 1  # a core is left for the network

@@ -14,7 +14,7 @@ import daw
 from common import runtime
 from common.data import DATASETS, Sample
 from common.files import read_checkpoint, write_atomically, write_json
-from common.options import RESUMABLE, TrainingOptions, fill_from_recipe, parse
+from common.options import RESUMABLE, TrainingOptions, fill_from_recipe, option, parse
 from common.run import Run
 from common.runtime import Context, UserError, WeightAverage, poly_lr
 
@@ -60,7 +60,15 @@ def test_help_mentions_every_field(capsys):
     for field in dataclasses.fields(daw.Config):
         assert any(word.strip("[],") == "--" + field.name.replace("_", "-") for word in words), field.name
         assert field.metadata["help"].split()[0] in words
-    assert "2-40" not in out and "(default: 0.99)" in out and "none,fixed,power,daw" in out
+    assert "(default: 0.99)" in out and "none,fixed,power,daw" in out
+
+    @dataclasses.dataclass
+    class Percent(TrainingOptions):
+        share: float = option(0.5, "share: 50 % (of all)")
+
+    with pytest.raises(SystemExit) as caught:
+        parse(Percent, ["--help"])
+    assert caught.value.code == 0 and "share: 50 % (of all) (default: 0.5)" in capsys.readouterr().out
 
 
 def lists(labeled=92, unlabeled=10490, dataset="pascal", tune=0):
@@ -90,6 +98,9 @@ def test_the_recipe_fills_what_is_not_given():
     config = daw.Config(batch_size=16, lr=0.3, head_lr_multiplier=1.0, iterations=7)
     fill_from_recipe(config, "daw", lists(), ALONE)
     assert (config.lr, config.head_lr_multiplier, config.iterations) == (0.3, 1.0, 7)
+    config = daw.Config()
+    fill_from_recipe(config, "daw", lists(24, 100), ALONE)
+    assert (config.eval_every, config.save_every) == (200, 200)  # an epoch of 12 steps is too short for an evaluation
     config = daw.Config(labeled="all", supervised=True, epochs=3)  # an epoch of the labeled images where there are no others
     fill_from_recipe(config, "daw", lists(40, 0), ALONE)
     assert config.iterations == 15
@@ -256,14 +267,25 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_a_user_error(tmp_path):
     assert torch.load(path) == {"old": 1} and names_in(tmp_path) == ["latest.pt"]
 
 
+class Trap:
+    """Unpickled, it makes a file: what a checkpoint of a stranger could do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_damaged_and_foreign_checkpoints(tmp_path):
     for name, write in (("garbage.pt", lambda path: path.write_bytes(b"no checkpoint")), ("empty.pt", lambda path: path.write_bytes(b"")),
                         ("other.pt", lambda path: torch.save({"state_dict": {}}, path)), ("list.pt", lambda path: torch.save([1], path)),
-                        ("code.pt", lambda path: torch.save({"format": os.system}, path)), ("missing.pt", lambda path: None)):
+                        ("code.pt", lambda path: torch.save({"format": 1, "trap": Trap(tmp_path / "sprung")}, path)), ("missing.pt", lambda path: None)):
         write(tmp_path / name)
         with pytest.raises(UserError) as caught:
             read_checkpoint(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "sprung").exists()
 
 
 # ---------------------------------------------------------------- runs
