@@ -24,6 +24,8 @@ that on labeled ones.
                                                  threshold 0.95
     few pixels        not said                   under 10: keep old values  under 10 in the global batch: keep old values
     several ranks     not said                   mean of each rank's        sums over ranks: equal to one process
+    --grad-accum      -                          -                          part k of a batch sees the statistics of parts
+                                                                            1..k; after the step they are the whole batch's
     alignment         E[q(x)]                    E[max q(x)] of the pixels  E[q(x)] (Eq. 12)
                                                  predicted as the class
     total loss        L_s + L_u                  (L_s + L_u) / 2            (L_s + L_u) / 2, as UniMatch

@@ -9,6 +9,7 @@ minus the labeled one, so nothing else is needed and nothing can be in both.
 """
 
 import hashlib
+import http.client
 import os
 import urllib.request
 from dataclasses import dataclass
@@ -162,8 +163,9 @@ def load_data(config, context: Context) -> Data:
     data = Data(info, root, labeled, unlabeled=[], val=read_list(image_set(root, info.val_list)),
                 tune=read_list(image_set(root, "tune")) if image_set(root, "tune").is_file() else [])
     chosen = {sample.image for sample in data.labeled}
-    data.unlabeled = [sample if info.unlabeled_truth else Sample(sample.image, None)
-                      for sample in full if sample.image not in chosen]
+    unlabeled = [sample for sample in full if sample.image not in chosen]
+    known = info.unlabeled_truth and all(sample.mask for sample in unlabeled)  # all or none: every step logs the same
+    data.unlabeled = unlabeled if known else [Sample(sample.image, None) for sample in unlabeled]
     check_lists(data)
     return data
 
@@ -220,7 +222,7 @@ def published_list(source: PublishedList, root: Path, download: bool) -> Path:
         try:
             with urllib.request.urlopen(source.url, timeout=60) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # the latter where the connection breaks off
             raise UserError(f"{source.url} could not be downloaded: {error}") from error
         verify(content, source, source.url)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,6 +254,7 @@ def read_list(path: Path) -> list[Sample]:
             raise UserError(f"{path}, line {number}: expected an id, or an image and a mask path, found {line.strip()!r}")
         if any(Path(word).is_absolute() or ".." in Path(word).parts for word in words):
             raise UserError(f"{path}, line {number}: paths must stay inside the data set's folder, found {line.strip()!r}")
+        words = [Path(word).as_posix() for word in words]  # ./a.jpg and a.jpg are one image
         if words[0] in seen:
             raise UserError(f"{path}, line {number}: {words[0]} is listed twice")
         seen.add(words[0])

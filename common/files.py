@@ -1,5 +1,6 @@
 """Files that are whole or not there: atomic writing, and checkpoints read with care."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -23,10 +24,11 @@ def write_atomically(path: Path, write) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value) -> None:

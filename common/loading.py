@@ -33,7 +33,7 @@ def open_mask(path: Path, num_classes: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mask = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the mask {path}: {error}") from error
     if mask.ndim != 2:
         raise UserError(f"the mask {path} is not a picture of class indices (palette or grey) but {image.mode}")

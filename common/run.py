@@ -127,8 +127,9 @@ class Run:
         losses = [column for column, name in enumerate(names) if name.startswith("loss")]
         bad = (~torch.isfinite(table[:, losses])).any(dim=1).nonzero()
         if len(bad):
-            raise UserError(f"the loss is not finite at iteration {first + int(bad[0]) + 1}: lower --lr or try --no-amp; "
-                            f"{self.folder / 'latest.pt'} holds the last good state")
+            latest = self.folder / "latest.pt"
+            raise UserError(f"the loss is not finite at iteration {first + int(bad[0]) + 1}: lower --lr or try --no-amp"
+                            + (f"; {latest} holds the last good state" if latest.is_file() else ""))
         return {name: round(float(value), 6) for name, value in zip(names, table.mean(dim=0))}
 
     @property
@@ -177,7 +178,9 @@ class Run:
 
     def save(self, iteration: int) -> None:
         """latest.pt: all of `state`, the random generators of every rank and the position in the data."""
-        self.read_pending(iteration)  # never save after a loss that was not finite
+        self.read_pending(iteration)  # never save after a loss that was not finite, nor weights that are not
+        if not torch.stack([parameter.isfinite().all() for parameter in self.state["model"].parameters()]).all():
+            raise UserError(f"the weights are not finite after iteration {iteration + 1}: lower --lr or try --no-amp")
         self.average_buffers()
         rng = [runtime.rng_state()]
         if self.context.world_size > 1:
