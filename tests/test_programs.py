@@ -118,21 +118,14 @@ def test_two_ranks_train_and_evaluate_like_one_process(shapes, tmp_path):
     assert len(state(tmp_path / "run")["rng"]) == 2
     results = []
     for ranks in (0, 2):
-        succeed("-m", "common.evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--data-root", shapes, "--output",
-                tmp_path / f"{ranks}.json", torchrun=ranks) if not ranks else succeed_module(
-            "common.evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--data-root", shapes, "--output",
-            tmp_path / f"{ranks}.json", torchrun=ranks)
-        results.append(json.loads((tmp_path / f"{ranks}.json").read_text()))
+        path = tmp_path / f"{ranks}.json"
+        succeed("-m", "common.evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--data-root", shapes, "--output", path, torchrun=ranks)
+        results.append(json.loads(path.read_text()))
     one, two = results
     assert one["iou"] == two["iou"] and one["images"] == two["images"] == 200
     assert one["ece"] == pytest.approx(two["ece"], abs=1e-9)
     trained = json.loads((tmp_path / "run" / "results.json").read_text())
     assert trained["best"]["miou"] == pytest.approx(one["miou"], abs=1e-9)
-
-
-def succeed_module(module: str, *arguments, torchrun: int) -> str:
-    """torchrun's own -m runs a module."""
-    return succeed("-m", module, *arguments, torchrun=torchrun)
 
 
 COLLECTIVES = """
@@ -229,3 +222,25 @@ def test_diverging_loss_names_the_step_and_keeps_the_checkpoint(shapes, tmp_path
     message = refuse("daw.py", "--batch-size", "2", "--iterations", "400", "--lr", "1e18", "--data-root", shapes, "--output", tmp_path,
                      "--num-workers", "0", "--log-every", "5")
     assert "iteration" in message and "--lr" in message
+
+
+def test_optional_extras_add_their_files(shapes, tmp_path):
+    pytest.importorskip("tensorboard", reason="writes TensorBoard events only where tensorboard is installed")
+    pytest.importorskip("matplotlib", reason="draws distributions.png only where matplotlib is installed")
+    succeed("daw.py", *QUICK, "--iterations", "4", "--log-every", "2", "--data-root", shapes, "--output", tmp_path, "--tensorboard")
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert (tmp_path / "distributions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_and_benchmarks_print(trained, tmp_path):
+    for seed, miou in ((0, 40.0), (1, 44.0)):
+        folder = tmp_path / "method" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        last = {"miou": miou, "head_miou": 50.0, "tail_miou": None, "ece": 0.05}
+        (folder / "results.json").write_text(json.dumps({"last": last, "best": last}))
+    row = succeed("-m", "common.results", tmp_path).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["method", "2", "42.0 ± 2.8", "50.0 ± 0.0", "-", "5.0 ± 0.0"]
+    assert "no results" in refuse("-m", "common.results", tmp_path / "nowhere")
+    out = succeed("-m", "common.benchmark", "step", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
+    assert "peak memory" in out
+    assert "crop 513" in succeed("-m", "common.benchmark", "loader", "--rounds", "1")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from common import runtime
 from common.data import DATASETS, Sample
 from common.files import read_checkpoint, write_atomically, write_json
 from common.options import RESUMABLE, TrainingOptions, fill_from_recipe, option, parse
-from common.run import Run
+from common.run import Run, open_tensorboard
 from common.runtime import Context, UserError, WeightAverage, poly_lr
 
 CPU = torch.device("cpu")
@@ -523,3 +524,9 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(UserError) as caught:
         make_run(config_for(tmp_path)).begin()
     assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # what an import of a missing package meets
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        open_tensorboard(tmp_path)
