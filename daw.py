@@ -127,7 +127,7 @@ def tradeoff(weight, mu_pos: float, var_pos: float, mu_neg: float, var_neg: floa
     Each of 20,000 cells of [1/C, 1] counts with its exact Gaussian mass and the weight at its middle.
     """
     edges = torch.linspace(1 / num_classes, 1, 20001, dtype=torch.float64)
-    weights = weight((edges[1:] + edges[:-1]) / 2).double()
+    weights = torch.as_tensor(weight((edges[1:] + edges[:-1]) / 2), dtype=torch.float64)
 
     def expectation(mean: float, variance: float) -> float:
         mass = truncated_gaussian_mass(edges[:-1], edges[1:], mean, math.sqrt(variance))

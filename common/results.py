@@ -7,6 +7,7 @@ deviation over seeds where there are several; nothing is picked by its validatio
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from common.runtime import UserError, run_main
@@ -18,7 +19,11 @@ def collect(folder: Path) -> dict[str, list[dict]]:
     """{row: results.json of each finished seed}, oldest row first. Raises UserError where there is none."""
     rows: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*/seed*/results.json"), key=lambda path: path.stat().st_mtime):
-        rows.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
+        results, config = json.loads(path.read_text()), json.loads(path.with_name("config.json").read_text())
+        if results["last"]["iteration"] == config["iterations"]:
+            rows.setdefault(path.parent.parent.name, []).append(results)
+        else:
+            print(f"not finished, left out: {path.parent}", file=sys.stderr)
     if not rows:
         raise UserError(f"no results in {folder}: expected {folder}/<row>/seed<k>/results.json")
     return rows

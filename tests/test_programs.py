@@ -233,10 +233,11 @@ def test_optional_extras_add_their_files(shapes, tmp_path):
 
 
 def test_tables_and_benchmarks_print(trained, tmp_path):
-    for seed, miou in ((0, 40.0), (1, 44.0)):
+    for seed, miou, iteration in ((0, 40.0, 9), (1, 44.0, 9), (2, 10.0, 5)):  # the third has not finished
         folder = tmp_path / "method" / f"seed{seed}"
         folder.mkdir(parents=True)
-        last = {"miou": miou, "head_miou": 50.0, "tail_miou": None, "ece": 0.05}
+        (folder / "config.json").write_text(json.dumps({"iterations": 9}))
+        last = {"iteration": iteration, "miou": miou, "head_miou": 50.0, "tail_miou": None, "ece": 0.05}
         (folder / "results.json").write_text(json.dumps({"last": last, "best": last}))
     row = succeed("-m", "common.results", tmp_path).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["method", "2", "42.0 ± 2.8", "50.0 ± 0.0", "-", "5.0 ± 0.0"]
