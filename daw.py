@@ -46,6 +46,9 @@ Commands
     python daw.py --dataset pascal --data-root VOC2012 --labeled 92  one GPU
     torchrun --nproc_per_node=8 daw.py --dataset pascal --data-root VOC2012 --labeled 92 --crop 513
 
+Measured on the embedded data (24 labels, mIoU, three seeds; README): labeled only 51.7, --weighting none 58.1, fixed 54.5,
+DAW without alignment 57.1, DAW 56.8, all labeled 71.7. PASCAL has not been run.
+
 Baselines and ablations: --supervised (Sup.-only of Table 2), --weighting none | fixed | daw and --no-align (Table 4),
 --weighting power (AEL in Table 1), --stats-momentum (Table 5). The first two rows of Table 4 keep UniMatch's three views,
 as the paper does; Pseudo-Label and FixMatch of Table 2 are other methods' numbers.
