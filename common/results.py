@@ -1,6 +1,6 @@
 """`python -m common.results FOLDER`: the table of all runs in FOLDER/<row>/seed<k>.
 
-Rows keep the order in which they were trained. A cell is the mean over seeds of the last evaluation, with the standard
+Rows come in the order in which their runs were last started. A cell is the mean over seeds of the last evaluation, with the standard
 deviation over seeds where there are several; nothing is picked by its validation score.
 """
 
@@ -16,10 +16,14 @@ COLUMNS = {"miou": "mIoU", "head_miou": "head mIoU", "tail_miou": "tail mIoU", "
 
 
 def collect(folder: Path) -> dict[str, list[dict]]:
-    """{row: results.json of each finished seed}, oldest row first. Raises UserError where there is none."""
+    """{row: results.json of each finished seed}. Raises UserError where there is none."""
     rows: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("*/seed*/results.json"), key=lambda path: path.stat().st_mtime):
-        results, config = json.loads(path.read_text()), json.loads(path.with_name("config.json").read_text())
+    # config.json is written at every start, results.json only after an evaluation
+    for start in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
+        path = start.with_name("results.json")
+        if not path.is_file():
+            continue
+        results, config = json.loads(path.read_text()), json.loads(start.read_text())
         if results["last"]["iteration"] == config["iterations"]:
             rows.setdefault(path.parent.parent.name, []).append(results)
         else:
