@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./run_all.sh          make the environment and the embedded data, train every method and its baselines, print a table
-# ./run_all.sh test     make the environment and run all tests; further arguments go to pytest
+# ./run_all.sh test     make the environment and run all tests, or what further arguments tell pytest
 #
 # SEEDS="0 1 2" ./run_all.sh repeats every run with three seeds; finished runs are not trained again.
 # The active Python is used where it satisfies requirements.txt, otherwise .venv is made (PYTHON chooses its Python).
@@ -40,7 +40,7 @@ echo "using $("$python" -c 'import platform, sys, torch; print(sys.executable, "
 
 if [ "${1:-}" = test ]; then
     shift
-    exec "$python" -m pytest -q tests "$@"
+    exec "$python" -m pytest -q "${@:-tests}"
 fi
 
 runs=runs/shapes
