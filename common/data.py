@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import synthetic
+from common.augment import IGNORE
+from common.files import write_atomically
 from common.runtime import Context, UserError, main_first
-
-IGNORE = 255
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -225,10 +225,7 @@ def published_list(source: PublishedList, root: Path, download: bool) -> Path:
         except (OSError, http.client.HTTPException) as error:  # the latter where the connection breaks off
             raise UserError(f"{source.url} could not be downloaded: {error}") from error
         verify(content, source, source.url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
     verify(path.read_bytes(), source, path)
     return path
 
