@@ -274,7 +274,8 @@ def train(config: Config) -> dict:
     """Train, evaluate and save as `config` says; returns the last evaluation."""
     context = runtime.start(config.device)
     data = load_data(config, context)
-    fill_from_recipe(config, "daw", data, context)
+    images_per_label = 1 if config.supervised else 2
+    fill_from_recipe(config, "daw", data, context, images_per_label)
     if config.threshold is None:
         config.threshold = data.info.threshold
     if config.align is None:
@@ -295,7 +296,7 @@ def train(config: Config) -> dict:
         state["ema"] = runtime.WeightAverage(model, config.ema_decay)
     runtime.seed_everything(config.seed + 1000 * context.rank)  # ranks augment differently
 
-    run = Run("daw", config, context, state, images_per_step=config.batch_size * (1 if config.supervised else 2))
+    run = Run("daw", config, context, state, images_per_step=config.batch_size * images_per_label)
     start = run.begin()
     labeled_pixels = class_pixels(data)
     loader = training_loader(data, config, context, start, config.iterations, unlabeled=not config.supervised)

@@ -218,7 +218,7 @@ def published_list(source: PublishedList, root: Path, download: bool) -> Path:
     if not path.is_file():
         if not download:
             raise UserError(f"no list at {path}: --download fetches it from {source.url}, or fetch it yourself and put it "
-                            f"there, or give your own with --labeled-list FILE")
+                            f"there, or give your own with --labeled-list and --unlabeled-list FILE")
         try:
             with urllib.request.urlopen(source.url, timeout=60) as response:
                 content = response.read()

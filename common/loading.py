@@ -65,14 +65,14 @@ class EvaluationSet(Dataset):
         sample = self.samples[index]
         image = np.array(open_image(self.root / sample.image)).transpose(2, 0, 1)
         label = open_mask(self.root / sample.mask, self.num_classes)
-        check_same_size(image, label, self.root / sample.mask)
+        check_same_size(image.shape[1:], label, self.root / sample.mask)
         return {"image": torch.from_numpy(np.ascontiguousarray(image)), "label": torch.from_numpy(label.copy()), "name": sample.name}
 
 
-def check_same_size(image: np.ndarray, mask: np.ndarray, path: Path) -> None:
-    if image.shape[-2:] != mask.shape:
-        raise UserError(f"the mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
-                        f"{image.shape[-1]}x{image.shape[-2]}")
+def check_same_size(size: tuple[int, int], mask: np.ndarray, path: Path) -> None:
+    """Raise UserError unless the mask at `path` is of its image's (height, width)."""
+    if mask.shape != size:
+        raise UserError(f"the mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {size[1]}x{size[0]}")
 
 
 class TrainingSet(Dataset):
@@ -89,7 +89,7 @@ class TrainingSet(Dataset):
         if sample.mask is not None:
             path = self.data.root / sample.mask
             mask = open_mask(path, self.data.info.num_classes)
-            check_same_size(np.empty(image.size[::-1]), mask, path)
+            check_same_size((image.height, image.width), mask, path)
         rng = np.random.default_rng([self.seed, stream, position])
         image, mask, valid = weak_geometry(image, mask, self.crop, self.data.info.scale, rng)
         item = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid), "stream": stream}

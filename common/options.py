@@ -104,9 +104,10 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def fill_from_recipe(config: TrainingOptions, method: str, data, context) -> None:
+def fill_from_recipe(config: TrainingOptions, method: str, data, context, images_per_label: int = 2) -> None:
     """Check `config` and replace its None values by the data set's recipe; `data.info` gets the crop that was chosen.
 
+    `images_per_label`: images that a forward pass sees for each labeled one, itself included; 1 without unlabeled images.
     The learning rate follows the linear rule: the recipe's x batch size / the recipe's batch size. Raises UserError for
     values that no run could use.
     """
@@ -131,8 +132,7 @@ def fill_from_recipe(config: TrainingOptions, method: str, data, context) -> Non
     require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} cannot be shared by {context.world_size} "
             f"ranks in {config.grad_accum} accumulated parts: make it a multiple of {parts}")
     # The pooled branch of ASPP normalises over images: one image alone has no batch statistics.
-    per_pass = config.batch_size // parts * (1 if getattr(config, "supervised", False) else 2)
-    require(per_pass > 1, f"--batch-size {config.batch_size} leaves one image a rank and part: batch norm needs two")
+    require(config.batch_size // parts * images_per_label > 1, f"--batch-size {config.batch_size} leaves one image a rank and part: batch norm needs two")
     data.info = dataclasses.replace(info, crop=config.crop)  # a sliding window is as large as the training crop
     if config.lr is None:
         config.lr = info.lr * config.batch_size / info.batch_size

@@ -115,7 +115,7 @@ def test_the_recipe_fills_what_is_not_given():
     ({"eval_split": "tune"}, 1, "tune"), ({"batch_size": 4, "supervised": True}, 4, "batch norm")])
 def test_options_that_no_run_could_use(options, ranks, says):
     with pytest.raises(UserError) as caught:
-        fill_from_recipe(daw.Config(**options), "daw", lists(), Context(0, ranks, CPU))
+        fill_from_recipe(daw.Config(**options), "daw", lists(), Context(0, ranks, CPU), 1 if options.get("supervised") else 2)
     assert says in str(caught.value) and "\n" not in str(caught.value)
     good = {"batch_size": 16, "grad_accum": 2, "eval_split": "tune"}
     fill_from_recipe(daw.Config(**good), "daw", lists(tune=1), Context(0, 4, CPU))
@@ -309,6 +309,15 @@ def make_run(config, seed=0, ema=True) -> Run:
     return Run("daw", config, ALONE, state)
 
 
+def five_steps(folder) -> Run:
+    """A new run up to its first checkpoint."""
+    run = make_run(config_for(folder))
+    run.begin()
+    for iteration in range(5):
+        take_step(run, iteration)
+    return run
+
+
 def take_step(run: Run, iteration: int, loss=None, **more) -> None:
     """As the methods' loops do it, with random numbers where they augment; `loss` overrides what is logged."""
     poly_lr(run.state["optimizer"], iteration, run.config.iterations)
@@ -399,10 +408,7 @@ def test_each_logged_loss_is_checked_and_nothing_else(tmp_path):
 
 
 def test_a_step_after_resuming_is_named_by_its_number(tmp_path):
-    run = make_run(config_for(tmp_path))
-    run.begin()
-    for iteration in range(5):
-        take_step(run, iteration)
+    run = five_steps(tmp_path)
     run = make_run(config_for(tmp_path))
     assert run.begin() == 5
     with pytest.raises(UserError, match="iteration 8:"):
@@ -446,10 +452,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     ({"lr": 0.2}, "--lr 0.1"), ({"seed": 1}, "--seed 0"), ({"iterations": 30}, "--iterations 20"), ({"weighting": "fixed"}, "--weighting daw"),
     ({"stats_momentum": 0.9}, "--stats-momentum 0.99"), ({"labeled": "12"}, "--labeled None")])
 def test_resuming_with_other_options_is_refused(tmp_path, options, flag):
-    run = make_run(config_for(tmp_path))
-    run.begin()
-    for iteration in range(5):
-        take_step(run, iteration)
+    run = five_steps(tmp_path)
     before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     with pytest.raises(UserError) as caught:
         make_run(config_for(tmp_path, **options)).begin()
@@ -460,10 +463,7 @@ def test_resuming_with_other_options_is_refused(tmp_path, options, flag):
 
 
 def test_resuming_another_methods_or_a_damaged_run_is_refused(tmp_path):
-    run = make_run(config_for(tmp_path))
-    run.begin()
-    for iteration in range(5):
-        take_step(run, iteration)
+    run = five_steps(tmp_path)
     other = make_run(config_for(tmp_path))
     other.method = "usrn"
     with pytest.raises(UserError, match="daw"):
