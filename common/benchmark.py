@@ -1,16 +1,19 @@
-"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step`.
+"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies`.
 
     loader       unlabeled training samples a second on one core, from 500x375 JPEG files as PASCAL VOC's. With
                  `--released FOLDER`, a checkout of LiheYoung/UniMatch, its loader takes turns with ours.
     step         time and peak memory of a DAW training step, and the share that its statistics and alignment take.
+    strategies   a step of pos_meo.py with two gradients (pos_meo) against one with their sum (uniform): time and peak memory.
 
 Timings are medians over rounds that take turns, so that a busy machine slows all candidates alike: use the ratios.
 """
 
 import argparse
+import copy
 import importlib
 import resource
 import statistics as stats
+import subprocess
 import sys
 import tempfile
 import time
@@ -90,6 +93,23 @@ def released_dataset(checkout: Path, folder: Path, names: list[str], crop: int):
 # ---------------------------------------------------------------- training step
 
 
+def random_batch(batch: int, crop: int, classes: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the loader would give: `batch` labeled and as many unlabeled crops, all noise."""
+    generator = torch.Generator().manual_seed(0)
+    part = {"labeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
+            "label": torch.randint(0, classes, (batch, crop, crop), generator=generator, dtype=torch.uint8),
+            "unlabeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
+            "valid": torch.ones(batch, crop, crop, dtype=torch.bool)}
+    return {name: value.to(device) for name, value in part.items()}
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, options: list[str]) -> None:
     import daw
 
@@ -102,12 +122,7 @@ def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, 
     network = runtime.wrap(model, config, context)
     optimizer = torch.optim.SGD(model.parameter_groups(1e-3, 10), momentum=0.9)
     statistics = daw.Statistics(classes, 0.99).to(device)
-    generator = torch.Generator().manual_seed(0)
-    part = {"labeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
-            "label": torch.randint(0, classes, (batch, crop, crop), generator=generator, dtype=torch.uint8),
-            "unlabeled": torch.randint(0, 256, (batch, 3, crop, crop), generator=generator, dtype=torch.uint8),
-            "valid": torch.ones(batch, crop, crop, dtype=torch.bool)}
-    part = {name: value.to(device) for name, value in part.items()}
+    part = random_batch(batch, crop, classes, device)
     logits = torch.randn(batch, classes, crop, crop, device=device)
     weak_probs = logits.softmax(dim=1)  # pseudo labels need these in any case
 
@@ -128,31 +143,74 @@ def step(backbone: str, crop: int, batch: int, rounds: int, device: str | None, 
 
     candidates = {"step": whole, "statistics": statistics_and_alignment, "augmentation": lambda: daw.make_views(part, config, (0.1, 2.0))}
     seconds = median_seconds(candidates, rounds, device)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{backbone}, crop {crop}, {batch} labeled + {batch} unlabeled, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
-    print(f"step {1000 * seconds['step']:.0f} ms, peak memory {memory:.2f} GiB; of the step, statistics and alignment "
+    print(f"step {1000 * seconds['step']:.0f} ms, peak memory {peak_memory(device):.2f} GiB; of the step, statistics and alignment "
           f"{1000 * seconds['statistics']:.1f} ms ({100 * seconds['statistics'] / seconds['step']:.1f} %), augmentation "
           f"{1000 * seconds['augmentation']:.1f} ms ({100 * seconds['augmentation'] / seconds['step']:.1f} %)")
+
+
+def strategies(backbone: str, crop: int, batch: int, rounds: int, device: str | None, options: list[str]) -> None:
+    """Times from steps that take turns; peak memory from a process of its own for each, as a process's peak never falls."""
+    names = ("uniform", "pos_meo")
+    if "--strategy" in options:
+        steps, config, device = strategy_steps([options[options.index("--strategy") + 1]], backbone, crop, batch, device, options)
+        for call in steps.values():
+            call(), call()
+        print(peak_memory(device))
+        return
+    memory = {}
+    for name in names:
+        command = [sys.executable, "-m", "common.benchmark", "strategies", "--backbone", backbone, "--crop", str(crop), "--batch", str(batch),
+                   *(["--device", device] if device else []), *options, "--strategy", name]
+        memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    steps, config, device = strategy_steps(names, backbone, crop, batch, device, options)
+    seconds = median_seconds(steps, rounds, device)
+    print(f"{config.baseline}, {backbone}, crop {crop}, {batch} labeled + {batch} unlabeled, {device}, {torch.get_num_threads()} threads, "
+          f"PyTorch {torch.__version__}")
+    for name in names:
+        print(f"{name:8} {1000 * seconds[name]:8.0f} ms ({seconds[name] / seconds['uniform']:.2f})   {memory[name]:.2f} GiB "
+              f"({memory[name] / memory['uniform']:.2f})")
+
+
+def strategy_steps(names, backbone: str, crop: int, batch: int, device: str | None, options: list[str]) -> tuple:
+    """({strategy: a training step of pos_meo.py}, config, device); each strategy has a network of its own."""
+    import pos_meo
+
+    context, steps = runtime.start(device), {}
+    for name in names:
+        config = pos_meo.parse(pos_meo.Config, ["--weights", "none", "--crop", str(crop), *options, "--backbone", backbone, "--strategy", name])
+        config.threshold, config.lr, config.head_lr_multiplier, config.weight_decay = 0.0, 1e-5, 10.0, 1e-4
+        classes = 21
+        model = pos_meo.build_model(config, classes).train()
+        network = runtime.wrap(model, config, context, average_gradients=False)
+        optimizer = pos_meo.build_optimizer(model, config)
+        teacher = copy.deepcopy(model).eval() if config.baseline == "unimatch_v2" else None
+        gradients = pos_meo.Gradients(model, rows=1 if name == "uniform" else 2)
+        part = random_batch(batch, crop, classes, context.device)
+
+        def step(network=network, teacher=teacher, gradients=gradients, config=config, optimizer=optimizer, part=part) -> None:
+            views = pos_meo.make_views(part, config, (0.1, 2.0))
+            pos_meo.optimizer_step(network, teacher, [views], gradients, optimizer, config, context, measure=False)
+
+        steps[name] = step
+    return steps, config, context.device
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loader", "step"))
+    parser.add_argument("what", choices=("loader", "step", "strategies"))
     parser.add_argument("--released", type=Path, help="loader: a checkout of LiheYoung/UniMatch to measure beside ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop", type=int, default=321)
     parser.add_argument("--batch", type=int, default=2, help="labeled images, and as many unlabeled")
     parser.add_argument("--device")
-    args, options = parser.parse_known_args()  # the rest are options of daw.py, such as --compile or --no-amp
+    args, options = parser.parse_known_args()  # the rest are options of daw.py or pos_meo.py, such as --compile or --no-amp
     if args.what == "loader":
         loader(args.released, args.rounds)
     else:
-        step(args.backbone, args.crop, args.batch, args.rounds, args.device, options)
+        {"step": step, "strategies": strategies}[args.what](args.backbone, args.crop, args.batch, args.rounds, args.device, options)
 
 
 if __name__ == "__main__":

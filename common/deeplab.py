@@ -111,23 +111,40 @@ def build_encoder(backbone: str, weights: str = "default") -> nn.Module:
 def load_encoder_weights(encoder: nn.Module, backbone: str, weights: str) -> None:
     if weights == "default" and backbone != "tiny":
         enum = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1  # what the field's tables start from
-        try:
-            state = enum.get_state_dict(progress=False, check_hash=True)
-        except OSError as error:  # urllib's errors are OSErrors
-            raise UserError(
-                f"cannot download ImageNet weights of {backbone} from {enum.url} ({error}). Download the file on a "
-                f"machine with network access and pass --weights PATH, or train from random weights with --weights none"
-            ) from error
+        state = download_weights(f"ImageNet weights of {backbone}", enum.url,
+                                 lambda: enum.get_state_dict(progress=False, check_hash=True))
     else:
-        path = TINY_WEIGHTS if weights == "default" else Path(weights)
-        if not path.is_file():
-            raise UserError(f"no weight file at {path}: --weights takes default, none or the path of a state dict")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # unpickling a foreign file can raise anything; each means the same to the user
-            raise UserError(f"{path} is not a PyTorch state dict that loads with weights_only=True: {error}") from error
-    state = {key: value.float() if value.is_floating_point() else value
-             for key, value in state.items() if not key.startswith("fc.")}
+        state = read_weights(TINY_WEIGHTS if weights == "default" else Path(weights))
+    load_weights(encoder, backbone, weights, {key: value for key, value in state.items() if not key.startswith("fc.")})
+
+
+def download_weights(what: str, url: str, download) -> dict:
+    """download(), with a UserError where the network fails."""
+    try:
+        return download()
+    except OSError as error:  # urllib's errors are OSErrors
+        raise UserError(
+            f"cannot download {what} from {url} ({error}). Download the file on a machine with network access and pass "
+            f"--weights PATH, or train from random weights with --weights none"
+        ) from error
+
+
+def read_weights(path: Path) -> dict:
+    """The state dict in a file. Raises UserError if there is no such file or it holds anything else."""
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}: --weights takes default, none or the path of a state dict")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling a foreign file can raise anything; each means the same to the user
+        raise UserError(f"{path} is not a PyTorch state dict that loads with weights_only=True: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a state dict of an encoder: it does not hold tensors by name")
+    return state
+
+
+def load_weights(encoder: nn.Module, backbone: str, weights: str, state: dict) -> None:
+    """Strictly, in float32. Raises UserError if the state dict does not fit."""
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
@@ -185,8 +202,10 @@ class DeepLabV3Plus(nn.Module):
             high = torch.cat([high, F.dropout2d(high[-perturb:], 0.5)])
         # float32 before the upsampling: in bf16 it would move confidences across a threshold
         logits = self.classifier(self.decode(low, high)).float()
-        logits = F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=True)
-        return (logits[: len(images)], logits[len(images):]) if perturb else logits
+        # Enlarged apart, so that a loss of the clean logits alone does not go through the perturbed ones'.
+        clean_and_perturbed = [F.interpolate(part, size=images.shape[2:], mode="bilinear", align_corners=True)
+                               for part in logits.split([len(images)] + [perturb] * (perturb > 0))]
+        return tuple(clean_and_perturbed) if perturb else clean_and_perturbed[0]
 
     def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:
         """Two groups for the optimizer: the encoder at `lr`, everything else at `lr` x `head_lr_multiplier`."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from common.runtime import UserError
 
 
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field with its line of help; `choices` restricts the values."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple | None = None, names: tuple[str, ...] | None = None):
+    """A dataclass field with its line of help; `choices` restricts the values, `names` are those of a tuple's parts."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "names": names})
 
 
 @dataclass
@@ -80,7 +80,8 @@ def parse(config_class, argv: list[str] | None = None, description: str | None =
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         add_argument(groups[field.name in shared], field, hints[field.name])
-    return config_class(**{**defaults, **vars(parser.parse_args(argv))})
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(argv)).items()}
+    return config_class(**{**defaults, **given})
 
 
 def add_argument(group, field: dataclasses.Field, hint) -> None:
@@ -93,6 +94,9 @@ def add_argument(group, field: dataclasses.Field, hint) -> None:
     if hint is bool:
         text += "" if field.default is None else f" (default: {'on' if field.default else 'off'})"
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        group.add_argument(flag, type=parts[0], nargs=len(parts), help=text, metavar=field.metadata["names"])
     else:
         group.add_argument(flag, type=hint, choices=field.metadata["choices"], help=text,
                            metavar=None if field.metadata["choices"] else hint.__name__.upper())

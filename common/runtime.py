@@ -142,11 +142,12 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def wrap(model: nn.Module, config, context: Context) -> nn.Module:
+def wrap(model: nn.Module, config, context: Context, average_gradients: bool = True) -> nn.Module:
     """Move `model` to the device in the configured form; return what the loop calls (compiled and data-parallel).
 
     `model` keeps its parameters and its plain state dict, whatever wraps it. Batch-norm layers become SyncBatchNorm
-    (in place of their parents) when several GPUs train together.
+    (in place of their parents) when several GPUs train together. average_gradients=False is for loops that reduce
+    gradients themselves: ranks then only start from the same weights, as under DDP, and no hook touches a gradient.
     """
     device = context.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -155,7 +156,12 @@ def wrap(model: nn.Module, config, context: Context) -> nn.Module:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     network = torch.compile(model) if config.compile else model
-    if context.world_size > 1:
+    if context.world_size > 1 and not average_gradients:
+        for tensor in model.state_dict().values():
+            value = tensor.contiguous()
+            dist.broadcast(value, src=0)
+            tensor.copy_(value)
+    elif context.world_size > 1:
         # Buffers are not broadcast: forward runs twice a step, and SyncBatchNorm keeps them equal (on CPUs see
         # `average_buffers`). The option's name changed in PyTorch 2.15.
         data_parallel = nn.parallel.DistributedDataParallel
