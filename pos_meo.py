@@ -1,37 +1,47 @@
-"""POS + MEO: Two Losses, One Goal: Balancing Conflict Gradients for Semi-supervised Semantic Segmentation (Sun et al.).
+"""POS + MEO: Two Losses, One Goal: Balancing Conflict Gradients for Semi-supervised Semantic Segmentation (Sun et al., ICCV 2025).
 
 Idea. The supervised and the unsupervised loss are summed with equal weights by everyone, but their gradients g_s and g_u
 often conflict: a step along (g_s + g_u) / 2 may make one of the losses worse. POS takes the shortest vector of the segment
 between g_s and g_u instead (the minimum-norm point of MGDA): to first order no step along it harms either loss. It leans
 towards the shorter gradient and is itself short; MEO gives it the length of the uniform step back.
 
-    Eq. 1-3     the losses of the baselines                        unimatch_v1_losses, unimatch_v2_losses
-    Eq. 4       uniform and fixed weights                          integrate
-    Eq. 5, 6    minimum-norm weights (POS)                         pareto_weights
-    Eq. 13      magnitude enhancement (MEO)                        integrate_gradients
-    Fig. 1, 3   conflict, norms, alpha over training               gradient_statistics, plot_gradients
-    Fig. 5      loss and mIoU around the final weights             landscape
+    Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, consistency_loss
+    Eq. 4       uniform and fixed weights             strategy_weights
+    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weights; pareto_weights on two vectors
+    Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients on two vectors
+    Fig. 1, 3   conflict, norms, alpha over training  gradient_statistics, plot_gradients
+    Fig. 5      loss and mIoU around the weights      landscape
 
-                      paper                          here (no code was released)
+                      paper                          here (the authors released no code)
+    alpha             Eq. 6, in [0, 1]               OUR ADDITION: in [0.2, 0.8], and outside only as far as one loss would be
+                                                     harmed otherwise. --cap 1 is Eq. 6, which collapses on the embedded data
     parameters        "gradients"                    of all trainable parameters, encoder and head, as one vector
     zero gradient     not said                       on either side (no confident pixel): the uniform step
-    nearly zero       not said                       the uniform step, too, below 1/5 of the other's length: --negligible
     equal gradients   not said                       1/2, 1/2
     h = 0 in Eq. 13   not said                       a zero step, where |h| <= 1e-6 (|g_s| + |g_u|)
-    fixed weights     2:1, 1:2 of Eq. 4              scaled to sum to one, as Eq. 4 demands
-    several ranks     not said                       alpha from the gradients of the global batch, one all-reduce a step
-    batch norm        of the baseline                of the baseline: one forward pass for both losses, two backward
-    covariance of g   "statistically"                variance of the norms over the run (Remark 1)
-    AdamW             not said                       MEO's length is seen by AdamW only relative to other steps'
+    fixed weights     2:1, 1:2                       scaled to sum to one, as Eq. 4 demands
+    pixel averages    over H x W of each image       over non-ignored pixels of the global batch
+    gamma, Eq. 2      c > gamma                      c >= gamma, as UniMatch
+    optimizer         not said                       sees h as its gradient: weight decay, momentum, the head's larger learning rate
+                                                     and AdamW's scaling come after; for AdamW only changes of |h| count
+    several ranks     not said                       alpha from the gradients of the global batch: they meet in one all-reduce
+    batch norm        of the baseline                of the baseline: forward passes for both losses together, then two backward
+    "covariance"      0.110 and 1.584 (Fig. 3a)      variance of |g_u| and of |g_s| over the run
 
-UniMatch V1 is daw.py's `--weighting fixed` (its docstring lists what differs from the release). UniMatch V2:
-
-                      released code                  here
+    UniMatch V1       released code                  here
+    CutMix partner    a second unlabeled batch,      the neighbour in the global batch, with the pseudo label it has anyway
+                      predicted in eval mode
+    perturbed decode  labeled and unlabeled          unlabeled only: the labeled half has no loss
+    ResNet stem       three 3x3 convolutions         7x7, for torchvision's ImageNet weights
+    UniMatch V2
     CutMix partner    the batch reversed             the neighbour in the global batch
     undropped images  floor(half) of a rank's batch  each with probability 1/2, so that one image a GPU trains the same thing
-    teacher's start   equal to the student           likewise, decay min(1 - 1/(it + 1), 0.996)
     position encoding resampled with offset 0.1      resampled by size (common/dpt.py)
     evaluated model   raw and EMA                    the EMA
+    both
+    pixel averages    of each rank                   of the global batch
+    precision         fp32                           bf16 autocast on GPUs that have it: --no-amp
+    learning rate     the same for any batch         linear in --batch-size unless given
 
 Commands
     python pos_meo.py                                                     embedded data, some minutes on a laptop
@@ -40,12 +50,13 @@ Commands
     torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --data-root VOC2012 --labeled 92 --baseline unimatch_v2
     python pos_meo.py --landscape runs/a/latest.pt,runs/b/latest.pt       Figure 5
 
+@@measured
+
 Baselines and ablations: --strategy uniform | pos (without MEO) | pos_meo (Table 4), --strategy fixed --fixed-weights 1 2
-(Table 5; 1 0 trains on labels alone).
+(Table 5), --cap.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +80,9 @@ STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
 PARETO = ("pos", "pos_meo")  # these need both gradients in every step
 SUP, UNSUP = 0, 1  # g_s and g_u wherever something has two rows
 STATIONARY = 1e-6  # a Pareto step shorter than this share of |g_s| + |g_u| is rounding error
-LANDSCAPE_DISTANCES, LANDSCAPE_DIRECTIONS, LANDSCAPE_BATCHES = [step / 10 for step in range(-10, 11)], 3, 6
+LANDSCAPE_DISTANCES = [step / 10 for step in range(-10, 11)]
+LANDSCAPE_DIRECTIONS = 3
+LANDSCAPE_BATCHES = 6
 CHUNK = 2**20  # of a gradient, for inner products: float64 copies stay small
 
 # UniMatch V2's recipe where it differs from the data set's (UniMatch V1's).
@@ -85,10 +98,10 @@ class Config(TrainingOptions):
                            choices=BASELINES)
     strategy: str = option("pos_meo", "how they are integrated: uniform (Eq. 4 with 1/2, 1/2), pos (Eq. 6), pos_meo (Eq. 13) or fixed",
                            choices=STRATEGIES)
-    fixed_weights: tuple[float, float] = option((1.0, 1.0), "alpha_s and alpha_u of --strategy fixed, scaled to sum to one (Table 5)",
-                                                names=("SUP", "UNSUP"))
-    negligible: float = option(0.2, "a gradient at most this share of the other's length counts as zero: POS then takes the uniform step; "
-                                    "0: only where it is zero, which collapses on the embedded data")
+    fixed_weights: tuple[float, float] | None = option(None, "alpha_s and alpha_u of --strategy fixed, scaled to sum to one (Table 5)",
+                                                       names=("SUP", "UNSUP"))
+    cap: float = option(0.8, "POS gives no loss a larger weight than this unless a smaller one harms it; 1: Eq. 6 as it is, which collapses on "
+                             "the embedded data with unimatch_v1")
     threshold: float | None = option(None, "gamma of Eq. 2; default: the data set's recipe (0.95)")
     measure: bool = option(True, "with uniform and fixed, too: both gradients at every logged step, for Figures 1 and 3")
     ema_decay: float | None = option(None, "decay of the averaged weights: the teacher of UniMatch V2 (default 0.996); V1 learns from itself "
@@ -107,38 +120,43 @@ def inner_products(g_sup: Tensor, g_unsup: Tensor) -> Tensor:
     All of the method follows from these three numbers. In float64 the products of float32 numbers are exact, so that
     they can be subtracted from each other where gradients are nearly equal or opposite.
     """
-    products = g_sup.new_zeros(2, 2, dtype=torch.float64)
-    for pair in zip(g_sup.split(CHUNK), g_unsup.split(CHUNK)):
-        rows = torch.stack(pair).double()
-        products += rows @ rows.T
-    return products
+    sums = g_sup.new_zeros(3, dtype=torch.float64)
+    for a, b in zip(g_sup.split(CHUNK), g_unsup.split(CHUNK)):
+        a, b = a.double(), b.double()
+        sums += torch.stack([a.dot(a), a.dot(b), b.dot(b)])
+    return torch.stack([sums[:2], sums[1:]])
 
 
-def minimum_norm_weights(products: Tensor, negligible: float = 0.0) -> Tensor:
-    """[alpha_s, alpha_u] of Eq. 6 from `inner_products`, float64 [2].
+def minimum_norm_weights(products: Tensor, cap: float = 1.0) -> Tensor:
+    """[alpha_s, alpha_u] from `inner_products`, float64 [2]: Eq. 6, with neither weight above `cap` unless that does harm.
 
     The minimum on the whole line through g_s and g_u lies at <g_s - g_u, g_s> / |g_s - g_u|^2; the two other cases of
-    Eq. 6 are those where this is above 1 or below 0. Equal gradients get 1/2, 1/2, and so does a pair of which one is zero,
-    or at most `negligible` times as long as the other: the minimum-norm point would be next to zero. A batch without one
-    confident pixel would stop the supervised loss; and as g_u shrinks the student would learn from its own pseudo labels
-    alone, agree with them, and shrink it further.
+    Eq. 6 are those where this is above 1 or below 0. Equal gradients get 1/2, 1/2, and so does a pair of which one is zero:
+    its minimum-norm point is that zero, and a batch without one confident pixel would stop the supervised loss.
+
+    `cap` is ours. A student that is its own teacher can shrink g_u by agreeing with itself; the smaller g_u, the more
+    Eq. 6 listens to it alone, until nothing of the labels is left. Weights between those of Eq. 6 and 1/2 harm no loss
+    either, as long as <h, g_s> and <h, g_u> are not negative: `harmless` is where they are.
     """
-    distance = products[SUP, SUP] - 2 * products[SUP, UNSUP] + products[UNSUP, UNSUP]
-    alpha_unsup = ((products[SUP, SUP] - products[SUP, UNSUP]) / distance).clamp(0, 1)
-    shorter, longer = products.diagonal().sqrt().aminmax()
-    undecided = (distance <= 0) | (shorter <= negligible * longer)
+    ss, su, uu = products[SUP, SUP], products[SUP, UNSUP], products[UNSUP, UNSUP]
+    distance = ss - 2 * su + uu
+    alpha_unsup = ((ss - su) / distance).clamp(0, 1)  # Eq. 6
+    conflict = su.clamp(max=0)
+    harmless = -conflict / (uu - conflict), ss / (ss - conflict)  # alpha_u where h is orthogonal to g_u, to g_s
+    alpha_unsup = alpha_unsup.clamp(1 - cap, cap).clamp(*harmless)
+    undecided = (distance <= 0) | (ss == 0) | (uu == 0)
     alpha_unsup = torch.where(undecided, 0.5, alpha_unsup)
     return torch.stack([1 - alpha_unsup, alpha_unsup])
 
 
 def magnification(products: Tensor, weights: Tensor) -> Tensor:
     """lambda of Eq. 13, |(g_s + g_u) / 2| / |alpha_s g_s + alpha_u g_u|; 0 at a Pareto-stationary point. 0-d."""
-    length, uniform = norm(products, weights), norm(products, torch.full_like(weights, 0.5))
-    stationary = length <= STATIONARY * products.diagonal().sqrt().sum()
-    return torch.where(stationary, 0.0, uniform / length)
+    taken, uniform = length(products, weights), length(products, torch.full_like(weights, 0.5))
+    stationary = taken <= STATIONARY * products.diagonal().sqrt().sum()
+    return torch.where(stationary, 0.0, uniform / taken)  # Eq. 13
 
 
-def norm(products: Tensor, weights: Tensor) -> Tensor:
+def length(products: Tensor, weights: Tensor) -> Tensor:
     """|w_s g_s + w_u g_u|, 0-d."""
     return (weights @ products @ weights).clamp(min=0).sqrt()
 
@@ -158,66 +176,14 @@ def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement: b
     return weights[SUP] * g_sup + weights[UNSUP] * g_unsup
 
 
-def strategy_weights(products: Tensor, strategy: str, fixed_weights: tuple[float, float] = (1.0, 1.0), negligible: float = 0.0) -> Tensor:
+def strategy_weights(products: Tensor, strategy: str, fixed_weights: tuple[float, float] | None = None, cap: float = 1.0) -> Tensor:
     """What g_s and g_u are multiplied with before they are added, float64 [2]; fixed weights are scaled to sum to one."""
     if strategy == "fixed":  # filled on the device: a tensor made of Python numbers would be copied there
         return torch.stack([torch.full_like(products[0, 0], weight / sum(fixed_weights)) for weight in fixed_weights])
     if strategy == "uniform":
         return torch.full_like(products[0], 0.5)
-    weights = minimum_norm_weights(products, negligible)
+    weights = minimum_norm_weights(products, cap)
     return weights * magnification(products, weights) if strategy == "pos_meo" else weights
-
-
-# ---------------------------------------------------------------- what Figures 1 and 3 show
-
-# of each step: angle between the gradients, lengths, Eq. 6 and 13, and the smaller of the cosines between g_s, g_u and
-# the uniform step, and the step that was taken
-STATISTICS = ("cosine", "norm_sup", "norm_unsup", "alpha_unsup", "lambda", "min_cosine_uniform", "min_cosine")
-
-
-def gradient_statistics(products: Tensor, weights: Tensor, negligible: float = 0.0) -> Tensor:
-    """STATISTICS of a step with these `inner_products` that takes weights[0] g_s + weights[1] g_u; float32 [7].
-
-    alpha_u and lambda are those that POS and MEO give, whatever the strategy. Cosines with a zero vector are 0.
-    """
-    norms = products.diagonal().sqrt()
-
-    def divide(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(b > 0, a / b, 0.0)
-
-    def min_cosine(weights: Tensor) -> Tensor:
-        return divide(weights @ products, norms * norm(products, weights)).min()
-
-    pareto = minimum_norm_weights(products, negligible)
-    return torch.stack([divide(products[SUP, UNSUP], norms.prod()), norms[SUP], norms[UNSUP], pareto[UNSUP],
-                        magnification(products, pareto), min_cosine(torch.full_like(weights, 0.5)), min_cosine(weights)]).float()
-
-
-class History(nn.Module):
-    """STATISTICS of every step, kept on the device and in the checkpoint: [iterations, 7], nan where not measured."""
-
-    def __init__(self, iterations: int):
-        super().__init__()
-        self.register_buffer("steps", torch.full((iterations, len(STATISTICS)), torch.nan))
-
-
-def summarize(steps: Tensor) -> dict[str, float]:
-    """STATISTICS of some steps [n, 7] in numbers: means, extremes, and how often the paper's remarks held; {} if none."""
-    steps = steps[steps[:, 0].isfinite()].double().cpu()
-    if not len(steps):
-        return {}
-    column = dict(zip(STATISTICS, steps.unbind(dim=1)))
-    numbers = {name: column[name].mean() for name in ("cosine", "norm_sup", "norm_unsup", "alpha_unsup", "lambda")}
-    numbers |= {f"{name}_variance": column[name].var(correction=0) for name in ("norm_sup", "norm_unsup")}
-    numbers |= {f"lowest_{name}": column[name].min() for name in ("min_cosine_uniform", "min_cosine")}
-    numbers |= {
-        "conflict": (column["cosine"] < 0).double().mean(),  # Figure 1a: share of steps
-        "harmful_uniform": (column["min_cosine_uniform"] < 0).double().mean(),  # Figure 1b
-        "undecided": (column["alpha_unsup"] == 0.5).double().mean(),  # no Pareto step: one gradient is negligible
-        "remark_1": (column["norm_unsup"] < column["norm_sup"]).double().mean(),
-        "remark_2": (column["alpha_unsup"] > 0.5).double().mean(),
-    }
-    return {name: round(value.item(), 6) for name, value in numbers.items()}
 
 
 # ================================================================ two gradients of one step
@@ -226,9 +192,9 @@ def summarize(steps: Tensor) -> dict[str, float]:
 class Gradients:
     """g_s and g_u of all trainable parameters: flat float32 [2, P], into which backward passes write directly.
 
-    Every .grad is a view of a row, so autograd adds into the row in place and no gradient is copied. There is no DDP: its
-    hooks would average g_s alone, then g_s + g_u, and once more with every accumulated part. Ranks add what they have
-    over all parts and meet in one collective a step, after which both gradients are the global batch's on every rank.
+    Every .grad is a view of a row, so autograd adds into the row in place and no gradient is copied. There is no DDP: it
+    expects one backward pass for each forward pass and would average in both. Ranks add up what they have over all parts
+    and meet in one collective a step, after which both gradients are the global batch's on every rank.
     """
 
     def __init__(self, model: nn.Module, rows: int):
@@ -236,12 +202,12 @@ class Gradients:
         sizes = [parameter.numel() for parameter in self.parameters]
         self.flat = self.parameters[0].new_zeros(rows, sum(sizes))
         # In the parameters' own memory format, as the optimizer's fused loops want it.
-        self.views = [[piece.as_strided(parameter.shape, parameter.stride()) for parameter, piece in zip(self.parameters, row.split(sizes))]
+        self.slots = [[piece.as_strided(parameter.shape, parameter.stride()) for parameter, piece in zip(self.parameters, row.split(sizes))]
                       for row in self.flat]
 
     def backward(self, loss: Tensor, row: int, retain_graph: bool = False) -> None:
         """Add the gradient of `loss` to a row."""
-        for parameter, view in zip(self.parameters, self.views[row]):
+        for parameter, view in zip(self.parameters, self.slots[row]):
             parameter.grad = view
         loss.backward(retain_graph=retain_graph)
 
@@ -253,38 +219,11 @@ class Gradients:
         """Leave weights[0] g_s + weights[1] g_u as the parameters' gradient."""
         weights = weights.to(self.flat.dtype)
         self.flat[SUP].mul_(weights[SUP]).addcmul_(self.flat[UNSUP], weights[UNSUP])
-        for parameter, view in zip(self.parameters, self.views[SUP]):
+        for parameter, view in zip(self.parameters, self.slots[SUP]):
             parameter.grad = view
 
 
 # ================================================================ the baselines
-
-
-def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float]) -> dict[str, Tensor]:
-    """Weak crops as the loader gives them -> everything a step needs that does not depend on the network."""
-    weak = augment.to_float(part["unlabeled"])
-    views = {"labeled": augment.normalize(part["labeled"]), "label": part["label"], "weak": augment.normalize(weak), "valid": part["valid"]}
-    if "truth" in part:
-        views["truth"] = part["truth"]
-    neighbour_valid = runtime.roll_global_batch(part["valid"])
-    for view in ("strong_1", "strong_2"):
-        strong = augment.strong_augment(weak, blur_sigma=blur)
-        boxes = augment.cutmix_boxes(len(weak), config.crop, device=weak.device)
-        views[view] = augment.normalize(augment.cutmix(boxes, strong, runtime.roll_global_batch(strong)))
-        views[view + "_boxes"] = boxes
-        views[view + "_valid"] = augment.cutmix(boxes, part["valid"], neighbour_valid)
-    return views
-
-
-def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
-
-    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
-    """
-    names = ("valid", "strong_1_valid", "strong_2_valid")
-    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
-    counts = runtime.all_reduce_sum(torch.stack(counts).float())
-    return dict(zip(("label", *names), (counts / runtime.world_size()).clamp(min=1).unbind()))
 
 
 def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -314,8 +253,8 @@ def strong_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, views: dict,
     return sum(losses) / 2
 
 
-def unimatch_v1_losses(network, teacher, views: dict, counts: dict, threshold: float):
-    """(L_sup, L_unsup, pseudo label, used) of UniMatch V1, whose teacher is the student: `teacher` is not called.
+def unimatch_v1_losses(network, views: dict, counts: dict, threshold: float):
+    """(L_sup, L_unsup, pseudo label, used) of UniMatch V1, whose teacher is the student itself.
 
     Labeled and weak images pass together, as the batch-norm statistics of UniMatch demand; L_sup has a gradient through
     the weak images' features for that reason alone. L_unsup is half of the strong views', half of the perturbed view's.
@@ -333,7 +272,7 @@ def unimatch_v1_losses(network, teacher, views: dict, counts: dict, threshold: f
 
 def unimatch_v2_losses(network, teacher, views: dict, counts: dict, threshold: float):
     """(L_sup, L_unsup, pseudo label, used) of UniMatch V2: pseudo labels of the EMA teacher, two strong views whose features
-    lose complementary channels. The two losses share no activation, so two gradients cost what their sum does."""
+    lose complementary channels. The losses share no activation: two gradients take no more time than their sum."""
     with torch.no_grad():
         pseudo_label, used = pseudo_labels(teacher(views["weak"]), views["valid"], threshold)
     masks = complementary_masks(len(views["weak"]), teacher.encoder.dim, views["weak"].device)
@@ -349,30 +288,55 @@ def complementary_masks(batch: int, channels: int, device: torch.device) -> Tens
     return torch.cat([mask, 2 - mask])
 
 
-LOSSES = {"unimatch_v1": unimatch_v1_losses, "unimatch_v2": unimatch_v2_losses}
-
-
 # ================================================================ training
+
+
+def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float]) -> dict[str, Tensor]:
+    """Weak crops as the loader gives them -> everything a step needs that does not depend on the network."""
+    weak = augment.to_float(part["unlabeled"])
+    views = {"labeled": augment.normalize(part["labeled"]), "label": part["label"], "weak": augment.normalize(weak), "valid": part["valid"]}
+    if "truth" in part:
+        views["truth"] = part["truth"]
+    neighbour_valid = runtime.roll_global_batch(part["valid"])
+    for view in ("strong_1", "strong_2"):
+        strong = augment.strong_augment(weak, blur_sigma=blur)
+        boxes = augment.cutmix_boxes(len(weak), config.crop, device=weak.device)
+        views[view] = augment.normalize(augment.cutmix(boxes, strong, runtime.roll_global_batch(strong)))
+        views[view + "_boxes"] = boxes
+        views[view + "_valid"] = augment.cutmix(boxes, part["valid"], neighbour_valid)
+    return views
+
+
+def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
+
+    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
+    """
+    names = ("valid", "strong_1_valid", "strong_2_valid")
+    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
+    counts = runtime.all_reduce_sum(torch.stack(counts).float())
+    return dict(zip(("label", *names), (counts / runtime.world_size()).clamp(min=1).unbind()))
 
 
 def resolve(config: Config, context):
     """Replace what `config` leaves open by the baseline's and the data set's recipe; returns the data. Raises UserError."""
     data = load_data(config, context)
-    second = config.baseline == "unimatch_v2"
-    if second:
+    is_v2 = config.baseline == "unimatch_v2"
+    if is_v2:
         name = data.info.name.split("_")[0]
         require(name in UNIMATCH_V2, f"there is no UniMatch V2 recipe for {data.info.name}: use --baseline unimatch_v1")
         data.info = dataclasses.replace(data.info, **UNIMATCH_V2[name])
     for name, defaults in {"ema_decay": (0.0, 0.996), "weight_decay": (1e-4, 0.01)}.items():
         if getattr(config, name) is None:
-            setattr(config, name, defaults[second])
-    require(not second or config.ema_decay > 0, "--baseline unimatch_v2 learns from averaged weights: --ema-decay must be above 0")
+            setattr(config, name, defaults[is_v2])
+    require(not is_v2 or config.ema_decay > 0, "--baseline unimatch_v2 learns from averaged weights: --ema-decay must be above 0")
     fill_from_recipe(config, "pos_meo", data, context)
     if config.threshold is None:
         config.threshold = data.info.threshold
-    require(0 <= config.negligible < 1, f"--negligible must lie in [0, 1), not {config.negligible}")
-    require(min(config.fixed_weights) >= 0 and sum(config.fixed_weights) > 0,
-            f"--fixed-weights must not be negative, nor both zero: {config.fixed_weights}")
+    require(0.5 <= config.cap <= 1, f"--cap must lie in [0.5, 1], not {config.cap}")
+    require((config.strategy == "fixed") == (config.fixed_weights is not None), "--strategy fixed and --fixed-weights SUP UNSUP belong together")
+    require(config.fixed_weights is None or (min(config.fixed_weights) >= 0 and sum(config.fixed_weights) > 0),
+            "the --fixed-weights must not be negative, nor both zero")
     require(bool(data.unlabeled), "no unlabeled image is left: POS needs both losses")
     return data
 
@@ -385,7 +349,8 @@ def train(config: Config) -> dict:
     model = build_model(config, data.info.num_classes)
     network = runtime.wrap(model, config, context, average_gradients=False)
     optimizer = build_optimizer(model, config)
-    history = History(config.iterations).to(context.device)
+    history = nn.Module()  # of every step, on the device and in the checkpoint; nan where not measured
+    history.register_buffer("steps", torch.full((config.iterations, len(STATISTICS)), torch.nan, device=context.device))
     state = {"model": model, "optimizer": optimizer, "history": history}
     if config.ema_decay:
         state["ema"] = runtime.WeightAverage(model, config.ema_decay)
@@ -431,7 +396,11 @@ def optimizer_step(network, teacher, parts: list[dict], gradients: Gradients, op
     gradients.flat.zero_()
     for views in parts:
         with runtime.autocast(config, context.device):
-            loss_sup, loss_unsup, pseudo_label, used = LOSSES[config.baseline](network, teacher, views, counts, config.threshold)
+            if config.baseline == "unimatch_v1":  # Eq. 1-3
+                losses = unimatch_v1_losses(network, views, counts, config.threshold)
+            else:
+                losses = unimatch_v2_losses(network, teacher, views, counts, config.threshold)
+        loss_sup, loss_unsup, pseudo_label, used = losses
         if separate:  # V1's losses share a graph: the first traversal must leave it for the second
             gradients.backward(loss_sup, SUP, retain_graph=config.baseline == "unimatch_v1")
             gradients.backward(loss_unsup, UNSUP)
@@ -443,20 +412,20 @@ def optimizer_step(network, teacher, parts: list[dict], gradients: Gradients, op
             known = used * (views["truth"] != IGNORE)
             terms |= {"used_known": known.sum(), "used_right": (known * (pseudo_label == views["truth"])).sum()}
         logged = {name: value.detach() + logged.get(name, 0.0) for name, value in terms.items()}
-    gradients.average_over_ranks(rows=1 + separate)
+    gradients.average_over_ranks(rows=2 if separate else 1)
     statistics = None
     if separate:
         products = inner_products(*gradients.flat)
-        weights = strategy_weights(products, config.strategy, config.fixed_weights, config.negligible)
+        weights = strategy_weights(products, config.strategy, config.fixed_weights, config.cap)  # Eq. 4-6, 13
         gradients.integrate(weights)
-        statistics = gradient_statistics(products, weights, config.negligible)
+        statistics = gradient_statistics(products, weights, config.cap)
     optimizer.step()
     return logged, statistics
 
 
-def report(history: History, iteration: int, means: dict[str, float], config: Config) -> dict[str, float]:
+def report(history: nn.Module, iteration: int, means: dict[str, float], config: Config) -> dict[str, float]:
     """For the log: the gradients of the steps since the last line, and how many used pseudo labels are right."""
-    line = summarize(history.steps[max(0, iteration + 1 - config.log_every) : iteration + 1])
+    line = summarize(history.steps[iteration - iteration % config.log_every : iteration + 1])
     if means.get("used_known"):
         line["used_accuracy"] = round(means["used_right"] / means["used_known"], 5)
     return line
@@ -472,8 +441,6 @@ def validate(run: Run, data, labeled_pixels: Tensor) -> dict:
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
-    if config.compile and hasattr(torch._functorch.config, "donated_buffer"):
-        torch._functorch.config.donated_buffer = False  # V1's compiled backward graph is walked twice
     network = DeepLabV3Plus if config.baseline == "unimatch_v1" else DPT
     return network(config.backbone, num_classes, config.weights)
 
@@ -488,6 +455,56 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def predictor(model: nn.Module, config: Config):
     """images [B, 3, H, W], normalised -> logits [B, C, H, W]."""
     return model.eval()
+
+
+# ================================================================ what Figures 1 and 3 show
+
+STATISTICS = (  # of one step
+    "cosine",  # between g_s and g_u
+    "norm_sup", "norm_unsup",
+    "alpha_unsup", "lambda",  # that Eq. 6 (with --cap) and Eq. 13 give, whatever the strategy
+    "min_cosine_uniform", "min_cosine",  # the smaller one of the cosines between g_s, g_u and the uniform step, the step taken
+)
+HARM = -1e-6  # a cosine below this is no rounding error
+
+
+def gradient_statistics(products: Tensor, weights: Tensor, cap: float = 1.0) -> Tensor:
+    """STATISTICS of a step with these `inner_products` that takes weights[0] g_s + weights[1] g_u; float32 [7].
+
+    Cosines with a zero vector are 0.
+    """
+    norms = products.diagonal().sqrt()
+
+    def divide(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(b > 0, a / b, 0.0)
+
+    def min_cosine(weights: Tensor) -> Tensor:
+        return divide(weights @ products, norms * length(products, weights)).min()
+
+    pareto = minimum_norm_weights(products, cap)
+    return torch.stack([divide(products[SUP, UNSUP], norms.prod()), norms[SUP], norms[UNSUP], pareto[UNSUP],
+                        magnification(products, pareto), min_cosine(torch.full_like(weights, 0.5)), min_cosine(weights)]).float()
+
+
+def summarize(steps: Tensor) -> dict[str, float]:
+    """STATISTICS of some steps [n, 7] in numbers: means, and in how many steps the paper's claims held; {} if none is measured."""
+    steps = steps[steps[:, 0].isfinite()].double().cpu()
+    if not len(steps):
+        return {}
+    column = dict(zip(STATISTICS, steps.unbind(dim=1)))
+    numbers = {name: values.mean() for name, values in column.items()}
+    if len(steps) > 1:
+        numbers |= {f"{name}_variance": column[name].var() for name in ("norm_sup", "norm_unsup")}
+    numbers |= {f"lowest_{name}": column[name].min() for name in ("min_cosine_uniform", "min_cosine")}
+    shares = {
+        "conflict": column["cosine"] < 0,  # Figure 1a
+        "harmful_uniform": column["min_cosine_uniform"] < HARM,  # Figure 1b: the uniform step makes one of the losses worse
+        "harmful": column["min_cosine"] < HARM,  # Figure 1c: so does the step that was taken
+        "remark_1": column["norm_unsup"] < column["norm_sup"],
+        "remark_2": column["alpha_unsup"] > 0.5,
+    }
+    numbers |= {name: held.double().mean() for name, held in shares.items()}
+    return {name: float(f"{value.item():.6g}") for name, value in numbers.items()}
 
 
 def plot_gradients(steps: Tensor, strategy: str, folder: Path) -> None:
@@ -508,26 +525,32 @@ def plot_gradients(steps: Tensor, strategy: str, folder: Path) -> None:
             axes.scatter(iterations[sign], column[name][sign], s=3, color=colour, linewidths=0)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(title=title, xlabel="iteration", ylim=(-1.05, 1.05))
+    edges = torch.linspace(0, torch.cat([column["norm_sup"], column["norm_unsup"]]).quantile(0.995), 61).numpy()
     for name, colour in (("norm_sup", "tab:blue"), ("norm_unsup", "tab:orange")):
-        norms.hist(column[name].numpy(), bins=60, color=colour, alpha=0.6, label=name)
+        norms.hist(column[name].numpy(), bins=edges, color=colour, alpha=0.6, label=name)
     norms.set(title="3a: gradient norms", xlabel="norm", ylabel="steps")
     norms.legend()
     alpha.scatter(iterations, column["alpha_unsup"], s=3, color="tab:green", linewidths=0)
-    alpha.axhline(0.5, color="black", linewidth=0.8)
+    alpha.axhline(0.5, color="black", linewidth=0.8, zorder=0)
     alpha.set(title="3b: alpha_unsup of POS", xlabel="iteration", ylim=(-0.05, 1.05))
     write_atomically(folder / "gradients.png", lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+# ================================================================ Figure 5
 
 
 def landscape(config: Config) -> None:
     """Figure 5: loss and mIoU around the weights of the checkpoints in `config.landscape`, all along the same directions.
 
-    The loss is (L_sup + L_unsup) / 2 over fixed batches of the training lists, without feature perturbation, with the
-    pseudo labels that the unmoved weights give; batch norm in eval mode. mIoU is that of the validation list.
+    The loss is (L_sup + L_unsup) / 2 over fixed batches of the training lists, L_unsup on the strong views alone with the
+    pseudo labels that the unmoved weights give (so its level is each checkpoint's own); batch norm in eval mode; the EMA's
+    weights where there are any. mIoU is that of the whole validation list, at 61 points a checkpoint.
     """
     context, curves = runtime.start(config.device), {}
+    require(context.world_size == 1, "--landscape runs in one process")
     for path in config.landscape.split(","):
         model, saved, info = load_model(path, context.device)
-        require(isinstance(saved, Config), f"{path} is no checkpoint of pos_meo.py")
+        require(hasattr(saved, "strategy"), f"{path} is no checkpoint of pos_meo.py")
         saved = dataclasses.replace(saved, data_root=config.data_root or saved.data_root, seed=config.seed, batch_size=8, num_workers=0)
         data = dataclasses.replace(load_data(saved, context), info=info)
         runtime.seed_everything(config.seed)

@@ -34,8 +34,9 @@ class TrainingOptions:
     download: bool = option(False, "fetch what is missing of the data set (pascal: VOC2012 through torchvision, and the "
                                    "published lists)")
     # network
-    backbone: str | None = option(None, "resnet50, resnet101 or tiny; default: tiny for shapes, resnet101 for pascal")
-    weights: str = option("default", "encoder weights: default (ImageNet, or the shipped file for tiny), none, or the path of a state dict")
+    backbone: str | None = option(None, "resnet50, resnet101 or tiny (pos_meo.py's UniMatch V2: dinov2_s or tiny_vit); default: tiny for "
+                                        "shapes, resnet101 for pascal")
+    weights: str = option("default", "encoder weights: default (ImageNet, DINOv2, or the shipped file for tiny ones), none, or the path of a state dict")
     # optimisation
     crop: int | None = option(None, "training crop in pixels; default: the data set's recipe")
     batch_size: int | None = option(None, "labeled images a step over all GPUs, and as many unlabeled; default: the recipe's")

@@ -146,8 +146,9 @@ def wrap(model: nn.Module, config, context: Context, average_gradients: bool = T
     """Move `model` to the device in the configured form; return what the loop calls (compiled and data-parallel).
 
     `model` keeps its parameters and its plain state dict, whatever wraps it. Batch-norm layers become SyncBatchNorm
-    (in place of their parents) when several GPUs train together. average_gradients=False is for loops that reduce
-    gradients themselves: ranks then only start from the same weights, as under DDP, and no hook touches a gradient.
+    (in place of their parents) when several GPUs train together. average_gradients=False is for loops that make and reduce
+    several gradients of one forward pass: ranks then only start from the same weights, as under DDP, no hook touches a
+    gradient, and a compiled graph may be walked more than once.
     """
     device = context.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -155,6 +156,11 @@ def wrap(model: nn.Module, config, context: Context, average_gradients: bool = T
     if context.world_size > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.compile and not average_gradients:
+        import torch._functorch.config as functorch  # by default a compiled backward pass reuses what the forward pass left
+
+        if hasattr(functorch, "donated_buffer"):
+            functorch.donated_buffer = False
     network = torch.compile(model) if config.compile else model
     if context.world_size > 1 and not average_gradients:
         for tensor in model.state_dict().values():
