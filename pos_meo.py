@@ -50,7 +50,8 @@ Commands
     torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --data-root VOC2012 --labeled 92 --baseline unimatch_v2
     python pos_meo.py --landscape runs/a/latest.pt,runs/b/latest.pt       Figure 5
 
-@@measured
+Measured on the embedded data (24 labels, mIoU, three seeds; README): V1 uniform 53.8, fixed 2:1 53.0, 1:2 55.1, POS 54.4,
+POS + MEO 55.4; V2 uniform 53.2, POS + MEO 52.0. PASCAL has not been run.
 
 Baselines and ablations: --strategy uniform | pos (without MEO) | pos_meo (Table 4), --strategy fixed --fixed-weights 1 2
 (Table 5), --cap.
@@ -101,7 +102,7 @@ class Config(TrainingOptions):
     fixed_weights: tuple[float, float] | None = option(None, "alpha_s and alpha_u of --strategy fixed, scaled to sum to one (Table 5)",
                                                        names=("SUP", "UNSUP"))
     cap: float = option(0.8, "POS gives no loss a larger weight than this unless a smaller one harms it; 1: Eq. 6 as it is, which collapses on "
-                             "the embedded data with unimatch_v1")
+                             "the embedded data")
     threshold: float | None = option(None, "gamma of Eq. 2; default: the data set's recipe (0.95)")
     measure: bool = option(True, "with uniform and fixed, too: both gradients at every logged step, for Figures 1 and 3")
     ema_decay: float | None = option(None, "decay of the averaged weights: the teacher of UniMatch V2 (default 0.996); V1 learns from itself "

@@ -66,7 +66,6 @@ train fixed_2_1         pos_meo.py --strategy fixed --fixed-weights 2 1
 train fixed_1_2         pos_meo.py --strategy fixed --fixed-weights 1 2
 train pos               pos_meo.py --strategy pos
 train pos_meo           pos_meo.py
-train v2_labeled        pos_meo.py --baseline unimatch_v2 --strategy fixed --fixed-weights 1 0
 train v2_uniform        pos_meo.py --baseline unimatch_v2 --strategy uniform
 train v2_pos_meo        pos_meo.py --baseline unimatch_v2
 

@@ -7,7 +7,6 @@ import math
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,8 +22,8 @@ import pos_meo
 from common import augment, evaluate, landscape, predict, runtime, synthetic
 from common.files import FORMAT
 from pos_meo import STATISTICS, SUP, UNSUP
+from programs import ROOT, assert_identical, start, state, succeed
 
-ROOT = Path(__file__).resolve().parent.parent
 ALONE = runtime.Context(0, 1, torch.device("cpu"))
 IGNORE = 255
 BLUR = (0.1, 1.0)
@@ -69,6 +68,12 @@ def random_pairs(count, seed, sizes=(1, 2, 3, 10, 1000)):
         cosine, ratio, scale = rng.uniform(-1, 1), 10 ** rng.uniform(-3, 3), 10 ** rng.uniform(-6, 3)
         pair = scale * ours, scale * ratio * (cosine * ours + math.sqrt(1 - cosine**2) * other)
         yield tuple(torch.from_numpy(vector).float() for vector in (pair if number % 2 else pair[::-1]))
+
+
+def pair_at(angle, ratio, size=50, seed=0):
+    """Gradients of lengths 1 and `ratio` at this angle, float32."""
+    basis = torch.linalg.qr(torch.randn(size, 2, generator=seeded(seed), dtype=torch.float64)).Q
+    return basis[:, 0].float(), (ratio * (math.cos(angle) * basis[:, 0] + math.sin(angle) * basis[:, 1])).float()
 
 
 def weights_of(g_sup, g_unsup):
@@ -172,12 +177,6 @@ def test_inner_products_are_those_of_float64_whatever_the_chunk(chunk, monkeypat
 
 
 # ---------------------------------------------------------------- Eq. 5, 13: the step
-
-
-def pair_at(angle, ratio, size=50, seed=0):
-    """Gradients of lengths 1 and `ratio` at this angle, float32."""
-    basis = torch.linalg.qr(torch.randn(size, 2, generator=seeded(seed), dtype=torch.float64)).Q
-    return basis[:, 0].float(), (ratio * (math.cos(angle) * basis[:, 0] + math.sin(angle) * basis[:, 1])).float()
 
 
 @pytest.mark.parametrize("ratio", [0.02, 0.5, 1.0, 1.3, 40.0])
@@ -461,8 +460,8 @@ class PlaybackV1(nn.Module):
 
     def __init__(self, size, classes, side):
         super().__init__()
-        draw = lambda images, seed: nn.Parameter(2 * torch.randn(images, classes, side, side, generator=seeded(seed)))
-        self.first, self.perturbed, self.strong = draw(2 * size, 1), draw(size, 2), draw(2 * size, 3)
+        self.first, self.perturbed, self.strong = (nn.Parameter(2 * torch.randn(images, classes, side, side, generator=seeded(seed)))
+                                                   for seed, images in enumerate((2 * size, size, 2 * size)))
         self.seen = []
 
     def forward(self, images, perturb=0):
@@ -490,8 +489,8 @@ def test_unimatch_v1_losses_equal_plain_loops_and_daw():
     assert loss_unsup.item() == pytest.approx(0.5 * strong + 0.5 * perturbed / valid, rel=1e-5)
 
     parameters, close = [network.first, network.perturbed, network.strong], {"rtol": 1e-4, "atol": 1e-7}
-    sup, unsup = ([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True,
-                   allow_unused=True))] for loss in (loss_sup, loss_unsup))
+    sup, unsup = (torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+                  for loss in (loss_sup, loss_unsup))
     torch.testing.assert_close(sup[0][:size], slope_sup / labeled.sum(), **close)
     assert not (sup[0][size:].any() or sup[1].any() or sup[2].any() or unsup[0].any())  # none through pseudo labels
     torch.testing.assert_close(unsup[1], slope_perturbed / valid / 2, **close)
@@ -648,6 +647,10 @@ def assert_same_parameters(ours, theirs, atol=1e-6):
         torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
+def largest_difference(ours, theirs):
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs))
+
+
 STEPS = [[draw_views(2)], [draw_views(3)]]  # the second one meets the optimizer's state
 
 
@@ -666,8 +669,7 @@ def test_uniform_and_fixed_steps_equal_those_of_the_summed_loss(baseline, measur
     fixed, _, _ = our_steps(config_of(baseline, strategy="fixed", fixed_weights=(2.0, 1.0)), STEPS, measure)
     assert_same_parameters(fixed, plain_steps(config_of(baseline), STEPS, descend(2, 1)))
     assert_same_parameters(our_steps(config_of(baseline, strategy="fixed", fixed_weights=(4.0, 2.0)), STEPS, measure)[0], fixed)
-    difference = lambda a, b: max((x - y).abs().max().item() for x, y in zip(a, b))
-    assert difference(uniform, start) > 1e-3 and difference(uniform, fixed) > 1e-4
+    assert largest_difference(uniform, start) > 1e-3 and largest_difference(uniform, fixed) > 1e-4
 
 
 @pytest.mark.parametrize("strategy", pos_meo.PARETO)
@@ -881,20 +883,6 @@ QUICK = ["--batch-size", "2", "--iterations", "8", "--eval-every", "8", "--save-
 SECOND = ["--baseline", "unimatch_v2"]
 
 
-def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"] if torchrun else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def succeed(*arguments, torchrun: int = 0) -> str:
-    process = start(*arguments, torchrun=torchrun)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out
-
-
 def run_as_program(monkeypatch, capfd, *arguments) -> tuple[int, str, str]:
     """pos_meo.py as `python pos_meo.py` runs it, but in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["pos_meo.py", *map(str, arguments)])
@@ -933,26 +921,6 @@ def second(shapes, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("second")
     succeed("pos_meo.py", *QUICK, *SECOND, "--data-root", shapes, "--output", folder)
     return folder
-
-
-def state(folder: Path) -> dict:
-    return torch.load(folder / "latest.pt", weights_only=True)
-
-
-def assert_identical(left, right, path):
-    """Equal in every tensor, bit for bit, and in every number."""
-    if isinstance(left, torch.Tensor):
-        bits = (tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor for tensor in (left, right))  # nan equals nan
-        assert torch.equal(*bits), path
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), path
-        for key in left:
-            assert_identical(left[key], right[key], f"{path}.{key}")
-    elif isinstance(left, (list, tuple)):
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_identical(a, b, f"{path}[{index}]")
-    else:
-        assert left == right, path
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -1063,7 +1031,8 @@ def test_landscape_refuses_what_is_no_checkpoint_of_this_method(tmp_path, monkey
     (["--strategy", "fixed", "--fixed-weights", "0", "0"], "--fixed-weights"),
     (["--strategy", "fixed", "--fixed-weights", "-1", "1"], "--fixed-weights"),
     (["--baseline", "unimatch_v2", "--ema-decay", "0"], "--ema-decay"), (["--baseline", "unimatch_v2", "--backbone", "resnet50"], "resnet50"),
-    (["--baseline", "unimatch_v1", "--backbone", "tiny_vit"], "tiny_vit"), (["--labeled", "all"], "unlabeled")])
+    (["--baseline", "unimatch_v1", "--backbone", "tiny_vit"], "tiny_vit"), (["--strategy", "fixed"], "--fixed-weights"),
+    (["--cap", "0.3"], "--cap"), (["--labeled", "all"], "unlabeled")])
 def test_bad_options_give_one_line(options, named, shapes, tmp_path, monkeypatch, capfd):
     assert named in refuse(monkeypatch, capfd, *QUICK, "--data-root", shapes, "--output", tmp_path / "run", "--device", "cpu", *options)
     assert not (tmp_path / "run").exists()

@@ -3,35 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from programs import assert_identical, run, start, state, succeed
+
 QUICK = ["--batch-size", "2", "--iterations", "8", "--eval-every", "8", "--save-every", "2", "--num-workers", "1"]
-
-
-def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"] if torchrun else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
-    process = start(*arguments, torchrun=torchrun)
-    out, err = process.communicate(timeout=150)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
-def succeed(*arguments, torchrun: int = 0) -> str:
-    done = run(*arguments, torchrun=torchrun)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +26,6 @@ def trained(shapes, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     succeed("daw.py", *QUICK, "--data-root", shapes, "--output", folder)
     return folder
-
-
-def state(folder: Path) -> dict:
-    return torch.load(folder / "latest.pt", weights_only=True)
-
-
-def assert_identical(left, right, path="checkpoint"):
-    """Equal in every tensor, bit for bit, and in every number."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), path
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), path
-        for key in left:
-            assert_identical(left[key], right[key], f"{path}.{key}")
-    elif isinstance(left, (list, tuple)):
-        for index, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_identical(a, b, f"{path}[{index}]")
-    else:
-        assert left == right, path
 
 
 def test_a_run_leaves_its_folder(trained):
@@ -244,4 +204,6 @@ def test_tables_and_benchmarks_print(trained, tmp_path):
     assert "no results" in refuse("-m", "common.results", tmp_path / "nowhere")
     out = succeed("-m", "common.benchmark", "step", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
     assert "peak memory" in out
+    out = succeed("-m", "common.benchmark", "strategies", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
+    assert "uniform" in out and out.count("GiB") == 2
     assert "crop 513" in succeed("-m", "common.benchmark", "loader", "--rounds", "1")

@@ -1,0 +1,49 @@
+"""Running the programs as users do, for the tests that need it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"] if torchrun else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
+    process = start(*arguments, torchrun=torchrun)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def succeed(*arguments, torchrun: int = 0) -> str:
+    done = run(*arguments, torchrun=torchrun)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "latest.pt", weights_only=True)
+
+
+def assert_identical(left, right, path="checkpoint"):
+    """Equal in every tensor, bit for bit (nan equals nan), and in every number."""
+    if isinstance(left, torch.Tensor):
+        bits = (tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor for tensor in (left, right))
+        assert torch.equal(*bits), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_identical(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, (list, tuple)):
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_identical(a, b, f"{path}[{index}]")
+    else:
+        assert left == right, path
