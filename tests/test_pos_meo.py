@@ -842,16 +842,22 @@ for name, strategy, parts in (("pos_meo", "pos_meo", 1), ("parts", "pos_meo", 2)
     results[name]["size"] = gradients.flat.shape[1]
     results[name]["type"] = type(network).__name__
 torch.save(results, f"{sys.argv[2]}/{context.world_size}_{context.rank}.pt")
+if context.world_size > 1:  # the program as it is; a data-parallel wrapper could not be called
+    torch.nn.parallel.DistributedDataParallel = None
+    pos_meo.train(pos_meo.Config(data_root=sys.argv[3], output=sys.argv[2] + "/run", batch_size=2, iterations=2, log_every=1, threshold=0.1,
+                                 num_workers=0))
 runtime.finish()
 """
 
 
-def test_two_ranks_take_the_step_of_one_process(tmp_path, monkeypatch):
+def test_two_ranks_take_the_step_of_one_process(shapes, tmp_path, monkeypatch):
     mixed, apart = ([draw_views(seed, size=4, mixed=mixed) for seed in (7, 8)] for mixed in (True, False))
     torch.save({"pos_meo": mixed, "parts": apart, "uniform": mixed}, tmp_path / "batches.pt")
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    succeed(script, tmp_path / "batches.pt", tmp_path, torchrun=2)
+    succeed(script, tmp_path / "batches.pt", tmp_path, shapes, torchrun=2)
+    trained = state(tmp_path / "run")
+    assert trained["iteration"] == len(trained["rng"]) == 2 and trained["history"]["steps"].isfinite().all()
     for module, name in ((pos_meo, "complementary_masks"), (torch.distributed, "all_reduce")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back what the script changes
     monkeypatch.setattr(sys, "argv", ["ranks.py", str(tmp_path / "batches.pt"), str(tmp_path)])
