@@ -195,13 +195,17 @@ class DeepLabV3Plus(nn.Module):
         high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
         return self.fuse(torch.cat([self.reduce(low), high], dim=1))
 
-    def forward(self, images: Tensor, perturb: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+    def features(self, images: Tensor, perturb: int = 0) -> Tensor:
+        """z [B + k, 256, H/4, W/4]; the last k of it are those of the last k images under channel dropout."""
         low, high = self.encoder(images)
         if perturb:  # decode clean and perturbed features together: one pass, joint batch statistics
             low = torch.cat([low, F.dropout2d(low[-perturb:], 0.5)])
             high = torch.cat([high, F.dropout2d(high[-perturb:], 0.5)])
+        return self.decode(low, high)
+
+    def forward(self, images: Tensor, perturb: int = 0) -> Tensor | tuple[Tensor, Tensor]:
         # float32 before the upsampling: in bf16 it would move confidences across a threshold
-        logits = self.classifier(self.decode(low, high)).float()
+        logits = self.classifier(self.features(images, perturb)).float()
         # Enlarged apart, so that a loss of the clean logits alone does not go through the perturbed ones'.
         clean_and_perturbed = [F.interpolate(part, size=images.shape[2:], mode="bilinear", align_corners=True)
                                for part in logits.split([len(images)] + [perturb] * (perturb > 0))]
