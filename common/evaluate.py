@@ -9,6 +9,7 @@
 
     python -m common.evaluate --checkpoint runs/daw/latest.pt
     python -m common.evaluate --checkpoint runs/daw/latest.pt --split unlabeled --threshold 0.95 --output results.json
+    python -m common.evaluate --checkpoint runs/daw/latest.pt --figure calibration.png
     torchrun --nproc-per-node 4 -m common.evaluate --checkpoint runs/daw/latest.pt
 """
 
@@ -27,6 +28,7 @@ from common.data import DATASETS, IGNORE, DatasetInfo, load_data
 from common.loading import class_pixels as count_class_pixels
 from common.loading import evaluation_loader
 from common.files import read_checkpoint, write_json
+from common.pictures import figure_class, plot_calibration
 from common.runtime import Context, UserError, all_reduce_sum, run_main, start
 
 METHODS = ("daw", "pos_meo", "usrn", "diffmatch", "diffrect")
@@ -160,6 +162,7 @@ def evaluate(predict: Predict, loader: Iterable[dict], info: DatasetInfo, contex
     """One pass over every rank's `loader` (common.loading.evaluation_loader); the same plain Python dict on every rank.
 
     In %: miou, iou {class: value}, pixel_accuracy; with the labeled set's `class_pixels` head_miou and tail_miou.
+    In pixels: confusion, a list of rows (true classes) of counts (predicted classes).
     In 0..1: ece, reliability (see there); with a `threshold` pseudo_label_share, of the pixels with at least this
     confidence, and pseudo_label_accuracy among them. images is their number. Undefined values are None.
     """
@@ -192,6 +195,7 @@ def evaluate(predict: Predict, loader: Iterable[dict], info: DatasetInfo, contex
         "ece": _number(expected_calibration_error(histogram)),
         "images": int(images.item()),
         "reliability": reliability(histogram),
+        "confusion": confusion.long().tolist(),
     }
     if class_pixels is not None:
         head, tail = head_and_tail(class_pixels)
@@ -210,11 +214,12 @@ def _number(value: float) -> float | None:
 # ---------------------------------------------------------------- checkpoints
 
 
-def load_model(path: str | Path, device: torch.device | str,
-               use: str = "best available") -> tuple[Predict, object, DatasetInfo]:
+def load_model(path: str | Path, device: torch.device | str, use: str = "best available",
+               steps: int | None = None) -> tuple[Predict, object, DatasetInfo]:
     """Checkpoint -> (predict, config, info). `use`: "ema", "model", or the EMA weights where the checkpoint has them.
 
-    `info.crop`, the sliding window, is the crop of training. Raises UserError for whatever is wrong with the file.
+    `steps` replaces the config's number of sampling steps. `info.crop`, the sliding window, is the crop of training.
+    Raises UserError for whatever is wrong with the file, and for `steps` below 1 or of a method that does not sample.
     """
     checkpoint = read_checkpoint(Path(path))
     method, saved = checkpoint.get("method"), checkpoint.get("config", {})
@@ -230,6 +235,12 @@ def load_model(path: str | Path, device: torch.device | str,
     module, info = importlib.import_module(method), DATASETS[saved["dataset"]]
     fields = {field.name for field in dataclasses.fields(module.Config) if field.init}
     config = module.Config(**{name: value for name, value in saved.items() if name in fields})
+    if steps is not None:
+        if "steps" not in fields:
+            raise UserError(f"{path}: --steps is for methods that sample (diffmatch); this checkpoint is of {method}")
+        if steps < 1:
+            raise UserError(f"{path}: --steps takes at least 1, not {steps}")
+        config = dataclasses.replace(config, steps=steps)
     try:  # with weights="none": the encoder's come from the checkpoint, there is no need to download them first
         model = module.build_model(dataclasses.replace(config, weights="none"), info.num_classes)
     except (ValueError, RuntimeError) as error:
@@ -285,13 +296,17 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("val", "tune", "unlabeled"))
     parser.add_argument("--mode", choices=MODES, help="default: the data set's protocol")
     parser.add_argument("--threshold", type=float, help="also report the pseudo-labels at or above this confidence")
+    parser.add_argument("--steps", type=int, help="sampling steps of diffmatch; default: the checkpoint's")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
+    parser.add_argument("--figure", type=Path, help="draw reliability and confusion matrix into this PNG file (needs matplotlib)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     parser.add_argument("--num-workers", type=int, help="processes that read images, per GPU")
     args = parser.parse_args()
+    if args.figure:
+        figure_class()  # if it is missing, say so now and not after the evaluation
 
     context = start(args.device)
-    predict, config, info = load_model(args.checkpoint, context.device)
+    predict, config, info = load_model(args.checkpoint, context.device, steps=args.steps)
     if args.data_root:
         config = dataclasses.replace(config, data_root=args.data_root)
     data = load_data(config, context)
@@ -299,12 +314,15 @@ def main() -> None:
     if not samples or any(sample.mask is None for sample in samples):
         raise UserError(f"{info.name} has no {args.split} images with labels")
     loader = evaluation_loader(samples, data, context, args.num_workers)
-    results = {"checkpoint": args.checkpoint, "split": args.split, "mode": args.mode or info.evaluation,
+    sampling = {"steps": config.steps} if hasattr(config, "steps") else {}
+    results = {"checkpoint": args.checkpoint, "split": args.split, "mode": args.mode or info.evaluation, **sampling,
                "threshold": args.threshold, **evaluate(predict, loader, info, context, pixels, args.threshold, args.mode)}
     if context.is_main:
         print(report(results, info, pixels))
         if args.output:
             write_json(args.output, results)
+        if args.figure:
+            plot_calibration(results, info.classes, args.figure)
 
 
 if __name__ == "__main__":

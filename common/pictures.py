@@ -1,4 +1,4 @@
-"""Pictures of label maps: colours, legends, sample grids, overlays, indexed PNG files.
+"""Pictures of label maps: colours, legends, sample grids, overlays, indexed PNG files; the figure of an evaluation.
 
 Label maps are uint8 [H, W]; 255 (ignored), and any other value without a colour in the palette, is drawn light grey.
 Images are uint8, [H, W, 3] or [3, H, W]. Arrays and CPU tensors are both fine.
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.data import IGNORE
 from common.files import write_atomically
+from common.runtime import UserError
 
 Palette = Sequence[tuple[int, int, int]]
 
@@ -20,6 +21,7 @@ IGNORE_COLOR = (225, 225, 225)
 INK, PAPER, FRAME = (40, 40, 40), (255, 255, 255), (150, 150, 150)
 SMALL, LARGE = 160, 512  # a picture's longer side in a grid, in pixels: enlarged to at least / reduced to at most
 MARGIN, FONT_SIZE = 8, 13
+MOST_VALUES = 21  # classes up to which a confusion matrix shows its values
 
 
 def color_table(palette: Palette) -> np.ndarray:
@@ -58,16 +60,23 @@ def legend(classes: Sequence[str], palette: Palette, width: int) -> Image.Image:
     return picture
 
 
-def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette, path: str | Path) -> None:
-    """Write a PNG with one row (image, label, prediction) per sample and, below, a legend of the classes that occur."""
-    rows = [(_channels_last(image), np.asarray(label), np.asarray(prediction)) for image, label, prediction in rows]
+def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette, path: str | Path,
+                captions: Sequence[str] = ("image", "label", "prediction")) -> None:
+    """Write a PNG with one row (image, label map, ...) per sample and, below, a legend of the classes that occur.
+
+    `captions` heads the columns. Raises ValueError if a row has more or fewer pictures than there are captions.
+    """
+    for number, row in enumerate(rows):
+        if len(row) != len(captions):
+            raise ValueError(f"row {number} has {len(row)} pictures for {len(captions)} columns")
+    rows = [(_channels_last(image), *map(np.asarray, maps)) for image, *maps in rows]
     pictures = [[_fit(image), *(_fit(colorize(map_, palette), nearest=True) for map_ in maps)] for image, *maps in rows]
     cell = max(picture.width for row in pictures for picture in row)
     heights = [max(picture.height for picture in row) for row in pictures]
-    width, header = 3 * (cell + MARGIN) + MARGIN, FONT_SIZE + 2 * MARGIN
+    width, header = len(captions) * (cell + MARGIN) + MARGIN, FONT_SIZE + 2 * MARGIN
 
-    occurring = np.unique(np.concatenate([map_.ravel() for _, *maps in rows for map_ in maps]))
-    shown = [index for index in occurring.tolist() if index < len(classes)]
+    occurring = {value for _, *maps in rows for map_ in maps for value in np.unique(map_).tolist()}
+    shown = [index for index in sorted(occurring) if index < len(classes)]
     names, colors = [classes[index] for index in shown], [palette[index] for index in shown]
     if IGNORE in occurring:
         names, colors = [*names, "ignored"], [*colors, IGNORE_COLOR]
@@ -75,7 +84,7 @@ def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette,
 
     grid = Image.new("RGB", (width, header + sum(heights) + MARGIN * len(heights) + key.height), PAPER)
     draw = ImageDraw.Draw(grid)
-    for column, caption in enumerate(("image", "label", "prediction")):
+    for column, caption in enumerate(captions):
         middle = MARGIN + column * (cell + MARGIN) + cell // 2
         draw.text((middle, header // 2), caption, INK, ImageFont.load_default(FONT_SIZE), anchor="mm")
     top = header
@@ -85,6 +94,51 @@ def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette,
         top += height + MARGIN
     grid.paste(key, (0, top))
     save_png(grid, path)
+
+
+def figure_class():
+    """matplotlib's Figure, imported only where one is drawn. Raises UserError if the package is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("figures need the package matplotlib: pip install matplotlib") from error
+    return Figure
+
+
+def plot_calibration(results: dict, classes: Sequence[str], path: str | Path) -> None:
+    """Write a PNG of `results` (common.evaluate.evaluate): reliability diagram and confusion matrix.
+
+    Left, accuracy per bin of confidence (as in Guo et al., Figure 1) and the bin's share of the pixels. Right, each row
+    is a true class and adds up to 100 % of its pixels; a class without pixels leaves its row blank. Raises UserError if
+    matplotlib is missing or the file cannot be written.
+    """
+    counts = np.asarray(results["confusion"], np.float64)
+    total = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(100 * counts, total, where=total > 0, out=np.full_like(counts, np.nan))
+    with_values = len(classes) <= MOST_VALUES
+    side = max(3.5, len(classes) * (0.36 if with_values else 0.15))  # of the matrix, in inches
+    figure = figure_class()(figsize=(side + 6.5, side + 1.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(4, side))
+
+    bins = results["reliability"]
+    width, centers = 1 / len(bins), [row["upper"] - 0.5 / len(bins) for row in bins]
+    left.bar(centers, [row["accuracy"] or 0 for row in bins], width, color="tab:blue", edgecolor="white", label="accuracy")
+    left.bar(centers, [row["share"] or 0 for row in bins], width / 2, color="lightgrey", label="share of the pixels")
+    left.plot((0, 1), (0, 1), "k--", linewidth=1)
+    ece = "-" if results["ece"] is None else f"{100 * results['ece']:.1f} %"
+    left.set(title=f"ECE {ece}", xlabel="confidence", xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    left.legend(loc="upper left")
+
+    right.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    size = 8 if with_values else 6
+    right.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
+    right.set_yticks(range(len(classes)), classes, fontsize=size)
+    right.set(title="% of the true class's pixels", xlabel="predicted class", ylabel="true class")
+    if with_values:
+        for row, column in np.argwhere(np.isfinite(shares)):
+            value, color = shares[row, column], "white" if shares[row, column] > 60 else "black"
+            right.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=size, color=color)
+    write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight"))
 
 
 def save_indexed_png(label, palette: Palette, path: str | Path) -> None:

@@ -77,13 +77,14 @@ def main() -> int:
     parser.add_argument("--checkpoint", required=True, help="file written by a method's training")
     parser.add_argument("--output", type=Path, default=Path("segmented"), help="folder for the results (default: segmented)")
     parser.add_argument("--mode", choices=MODES, help="whole picture or sliding window; default: the data set's protocol")
+    parser.add_argument("--steps", type=int, help="sampling steps of diffmatch; default: the checkpoint's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     args = parser.parse_args()
 
     images, problems = find_images(args.images)
     outputs = output_paths(images, args.output)
     context = start(args.device)
-    predict, _, info = load_model(args.checkpoint, context.device)
+    predict, _, info = load_model(args.checkpoint, context.device, steps=args.steps)
     for image, (label_path, overlay_path) in outputs.items():
         try:
             picture = open_image(image)

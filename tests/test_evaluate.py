@@ -1,24 +1,28 @@
-"""Metrics against plain Python loops, windows against whole images, checkpoints, pictures and both command lines."""
+"""Metrics against plain Python loops, windows against whole images, checkpoints, pictures, figures and both command lines."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import random
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import run as run_program
 from torch import nn
 
+import daw
 from common import evaluate as ev
 from common import pictures, predict
 from common.augment import normalize
 from common.data import DATASETS
 from common.options import TrainingOptions
-from common.runtime import Context, UserError
+from common.runtime import Context, UserError, run_main
 
 CPU = torch.device("cpu")
 CONTEXT = Context(0, 1, CPU)
@@ -176,6 +180,9 @@ def test_evaluate_equals_plain_loops(mode):
         label += batch["label"].flatten().tolist()
     iou = brute_force_iou(prediction, label, 8)
     valid = [i for i, t in enumerate(label) if t != 255]
+    for t, row in enumerate(results["confusion"]):
+        assert row == [sum(label[i] == t and prediction[i] == p for i in valid) for p in range(8)]
+    assert all(type(count) is int for row in results["confusion"] for count in row)
     right = [prediction[i] == label[i] for i in valid]
     accepted = [prediction[i] == label[i] for i in valid if confidence[i] >= 0.7]
     assert iou[7] is None and results["iou"]["blocks"] is None
@@ -198,6 +205,7 @@ def test_evaluate_without_valid_pixels_or_images_is_none():
         results = ev.evaluate(nn.Conv2d(3, 8, 1), loader, INFO, CONTEXT, threshold=0.95)
         assert results["miou"] is None and results["ece"] is None and results["pseudo_label_share"] is None
         assert results["images"] == len(loader) and "head_miou" not in results
+        assert results["confusion"] == [[0] * 8] * 8
         json.dumps(results, allow_nan=False)
 
 
@@ -223,6 +231,7 @@ def test_ranks_are_summed_in_one_message(monkeypatch):
     assert len(sent) == 2  # one a rank
     monkeypatch.setattr(ev, "all_reduce_sum", lambda tensor: sent[0] + sent[1])
     both = ev.evaluate(model, [], INFO, CONTEXT, threshold=0.2)
+    assert both.pop("confusion") == whole.pop("confusion")
     assert both.pop("iou") == pytest.approx(whole.pop("iou"))
     assert all(ours == pytest.approx(theirs) for ours, theirs in zip(both.pop("reliability"), whole.pop("reliability")))
     assert both == pytest.approx(whole)
@@ -304,6 +313,63 @@ def test_load_model_says_what_is_wrong(checkpoint, tmp_path):
     assert "0.weight is missing" in problem({**checkpoint, "ema": renamed})
 
 
+@dataclasses.dataclass
+class SamplingConfig(TrainingOptions):
+    steps: int = 2
+
+
+@pytest.fixture
+def sampler(monkeypatch, tmp_path):
+    """A checkpoint, saved with 3 steps, of a module `diffmatch` whose prediction is class `steps` everywhere."""
+    module = types.ModuleType("diffmatch")
+    module.Config, module.built = SamplingConfig, []
+
+    def build_model(config, num_classes):
+        module.built.append(config.steps)
+        return nn.Conv2d(3, num_classes, 1)
+
+    def predictor(model, config):
+        favour = torch.zeros(8, 1, 1)
+        favour[config.steps] = 100
+        return lambda images: model(images) + favour
+
+    module.build_model, module.predictor = build_model, predictor
+    monkeypatch.setitem(sys.modules, "diffmatch", module)
+    config, weights = dataclasses.asdict(SamplingConfig(dataset="shapes", steps=3)), nn.Conv2d(3, 8, 1).state_dict()
+    torch.save({"format": 1, "method": "diffmatch", "config": config, "model": weights}, tmp_path / "d.pt")
+    return tmp_path / "d.pt"
+
+
+@pytest.mark.parametrize("steps, used", [(None, 3), (1, 1), (5, 5)])
+def test_steps_reach_the_model_and_the_predictor(sampler, steps, used):
+    predict_, config, _ = ev.load_model(sampler, "cpu", steps=steps)
+    assert config.steps == used and sys.modules["diffmatch"].built == [used]
+    with torch.no_grad():
+        assert (predict_(torch.randn(1, 3, 4, 5)).argmax(1) == used).all()
+
+
+def test_steps_that_make_no_sense_are_refused(sampler, checkpoint, tmp_path):
+    for steps in (0, -4):
+        with pytest.raises(UserError, match=f"--steps takes at least 1, not {steps}"):
+            ev.load_model(sampler, "cpu", steps=steps)
+    torch.save(checkpoint, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="for methods that sample .* of daw"):
+        ev.load_model(tmp_path / "c.pt", "cpu", steps=1)
+
+
+@pytest.mark.parametrize("program", ["evaluate", "predict"])
+def test_steps_for_a_daw_checkpoint_are_one_line_of_error(tmp_path, program):
+    config = daw.Config(dataset="shapes", backbone="tiny", weights="none")
+    weights = daw.build_model(config, 8).state_dict()
+    torch.save({"format": 1, "method": "daw", "config": dataclasses.asdict(config), "model": weights}, tmp_path / "c.pt")
+    Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
+    pictures_ = [tmp_path / "x.png", "--output", tmp_path / "out"] if program == "predict" else []
+    done = run_program("-m", f"common.{program}", "--checkpoint", tmp_path / "c.pt", "--device", "cpu", "--steps", "4", *pictures_)
+    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr == (f"error: {tmp_path / 'c.pt'}: --steps is for methods that sample (diffmatch); "
+                           f"this checkpoint is of daw\n")
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -346,6 +412,128 @@ def test_sample_grid_and_legend(tmp_path):
         assert pictures.legend(INFO.classes, PALETTE, width).width == width
 
 
+@pytest.mark.parametrize("columns", [1, 2, 3, 5])
+def test_sample_grid_with_any_number_of_columns(tmp_path, columns):
+    """Column k of row r lies where plain arithmetic puts it, and shows its own label map."""
+    heights = (200, 180)  # between SMALL and LARGE: drawn as they are
+    images = [np.full((height, 170, 3), 90 + row, np.uint8) for row, height in enumerate(heights)]
+    maps = [[np.full((height, 170), 2 * row + column, np.uint8) for column in range(columns - 1)]
+            for row, height in enumerate(heights)]
+    rows = [(image, *own) for image, own in zip(images, maps)]
+    pictures.sample_grid(rows, INFO.classes, PALETTE, tmp_path / "grid.png", "abcde"[:columns])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape[1] == columns * 178 + 8
+    names = [INFO.classes[c] for c in sorted({int(map_[0, 0]) for own in maps for map_ in own})]
+    header = grid.shape[0] - sum(heights) - 2 * 8 - pictures.legend(names, PALETTE, grid.shape[1]).height
+    for top, image, own in zip((header, header + heights[0] + 8), images, maps):
+        for column, expected in enumerate((image, *(pictures.colorize(map_, PALETTE) for map_ in own))):
+            left = 8 + column * 178
+            assert (grid[top : top + len(image), left : left + 170] == expected).all()
+    for column in range(columns):  # every column has a caption
+        assert (grid[:header, column * 178 : column * 178 + 178] != 255).any()
+
+
+def test_sample_grid_as_called_without_captions(tmp_path):
+    row = (np.zeros((40, 64, 3), np.uint8), label_map(), label_map() % 8)
+    files = [tmp_path / name for name in ("default.png", "same.png", "other.png")]
+    pictures.sample_grid([row], INFO.classes, PALETTE, files[0])
+    pictures.sample_grid([row], INFO.classes, PALETTE, files[1], ["image", "label", "prediction"])
+    pictures.sample_grid([row], INFO.classes, PALETTE, files[2], ["image", "truth", "prediction"])
+    default, same, other = (np.asarray(Image.open(file)) for file in files)
+    assert (default == same).all() and default.shape == other.shape and (default != other).any()
+    info, label = DATASETS["pascal"], np.array([[8, 1], [255, 8]], np.uint8)
+    pictures.sample_grid([(np.zeros((2, 2, 3), np.uint8), label, label)], info.classes, info.palette, files[0])
+    grid, names = np.asarray(Image.open(files[0])), [info.classes[1], info.classes[8], "ignored"]
+    key = pictures.legend(names, [info.palette[1], info.palette[8], pictures.IGNORE_COLOR], grid.shape[1])
+    assert (grid[-key.height :] == np.asarray(key)).all()  # in the order of the classes
+    for rows in ([row[:2]], [row, (*row, label_map())]):
+        with pytest.raises(ValueError, match=f"row {len(rows) - 1} has {len(rows[-1])} pictures for 3 columns"):
+            pictures.sample_grid(rows, INFO.classes, PALETTE, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def fake_results(classes, bins=5):
+    """Results of which plot_calibration reads; class 1 has no pixels, the first bin is empty."""
+    rng = np.random.default_rng(classes)
+    confusion = rng.integers(0, 1000, (classes, classes))
+    confusion[1] = 0
+    rows = [{"upper": (m + 1) / bins, "share": m / 10, "confidence": (m + 0.5) / bins, "accuracy": m / 8} for m in range(bins)]
+    rows[0] |= {"confidence": None, "accuracy": None}
+    return {"confusion": confusion.tolist(), "reliability": rows, "ece": 0.0423}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures made in the test."""
+    figure = pytest.importorskip("matplotlib.figure", reason="draws figures only where matplotlib is installed")
+    figures = []
+
+    class Kept(figure.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    return figures
+
+
+def bars(container):
+    return [number for bar in container for number in (bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height())]
+
+
+@pytest.mark.parametrize("classes", [3, 21, 22])
+def test_calibration_figure(drawn, tmp_path, classes):
+    results, names = fake_results(classes), [f"class {c}" for c in range(classes)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.plot_calibration(results, names, tmp_path / "new" / "figure.png")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["figure.png"]
+    with Image.open(tmp_path / "new" / "figure.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+    left, right = drawn[0].axes
+    assert "ECE 4.2 %" in left.get_title()
+    accuracy, share = left.containers
+    assert bars(accuracy) == pytest.approx([0, 0.2, 0, 0.2, 0.4, 1 / 8, 0.4, 0.6, 2 / 8, 0.6, 0.8, 3 / 8, 0.8, 1, 4 / 8])
+    assert [bar.get_height() for bar in share] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert [bar.get_x() + bar.get_width() / 2 for bar in share] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert [tuple(line.get_xydata().ravel()) for line in left.lines] == [(0, 0, 1, 1)]
+
+    for labels in (right.get_xticklabels(), right.get_yticklabels()):
+        assert [label.get_text() for label in labels] == names
+    assert (right.get_xlabel(), right.get_ylabel()) == ("predicted class", "true class")
+    shown = right.images[0].get_array().filled(-1)  # what is masked is not drawn
+    texts = {text.get_position(): text.get_text() for text in right.texts}
+    for truth, counts in enumerate(results["confusion"]):
+        for predicted, count in enumerate(counts):
+            percent = 100 * count / sum(counts) if truth != 1 else -1
+            assert shown[truth, predicted] == pytest.approx(percent)
+            assert texts.get((predicted, truth)) == (f"{percent:.0f}" if truth != 1 and classes <= 21 else None)
+
+
+def test_calibration_figure_of_nothing(drawn, tmp_path):
+    results = ev.evaluate(nn.Conv2d(3, 8, 1), [], INFO, CONTEXT)
+    pictures.plot_calibration(results, INFO.classes, tmp_path / "figure.png")
+    left, right = drawn[0].axes
+    assert "ECE -" in left.get_title() and not right.texts and right.images[0].get_array().mask.all()
+
+
+def test_calibration_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    if importlib.util.find_spec("matplotlib"):
+        with pytest.raises(UserError, match="cannot write .*figure.png"):
+            pictures.plot_calibration(fake_results(3), "abc", tmp_path / "file" / "figure.png")
+    hide_matplotlib(monkeypatch)
+    with pytest.raises(UserError, match="matplotlib: pip install matplotlib"):
+        pictures.plot_calibration(fake_results(3), "abc", tmp_path / "figure.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def hide_matplotlib(monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+
+
 # ---------------------------------------------------------------- command lines
 
 
@@ -354,22 +542,66 @@ def run(monkeypatch, main, *arguments):
     return main()
 
 
-def test_evaluate_command(checkpoint, tmp_path, monkeypatch, capsys):
-    torch.save(checkpoint, tmp_path / "c.pt")
+@pytest.fixture
+def fake_data(monkeypatch):
+    """Three validation images for the evaluation's command line; the unlabeled ones have no truth."""
     samples = [types.SimpleNamespace(mask="x")] * 3
     data = types.SimpleNamespace(info=INFO, val=samples, tune=[], unlabeled=[types.SimpleNamespace(mask=None)])
     monkeypatch.setattr(ev, "load_data", lambda config, context: data)
     monkeypatch.setattr(ev, "count_class_pixels", lambda data: torch.tensor([900, 80, 70, 60, 50, 40, 0, 20]))
     monkeypatch.setattr(ev, "evaluation_loader", lambda *arguments: fake_batches([(20, 30), (10, 13), (9, 8)]))
+
+
+def test_evaluate_command(checkpoint, fake_data, tmp_path, monkeypatch, capsys):
+    torch.save(checkpoint, tmp_path / "c.pt")
     arguments = ("--checkpoint", tmp_path / "c.pt", "--device", "cpu", "--threshold", "0.3")
     run(monkeypatch, ev.main, *arguments, "--output", tmp_path / "r.json", "--mode", "sliding")
     printed = capsys.readouterr().out
     assert all(name in printed for name in INFO.classes) and "mIoU" in printed and "pseudo-labels" in printed
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["images"] == 3 and results["mode"] == "sliding" and len(results["reliability"]) == 15
+    assert sum(map(sum, results["confusion"])) == 19 * 30 + 9 * 13 + 8 * 8  # a row of each is ignored
+    assert "steps" not in results and {file.name for file in tmp_path.iterdir()} == {"c.pt", "r.json"}
     for split in ("unlabeled", "tune"):
         with pytest.raises(UserError, match=f"no {split} images"):
             run(monkeypatch, ev.main, *arguments, "--split", split)
+
+
+@pytest.mark.parametrize("flag, used", [([], 3), (["--steps", "6"], 6)])
+def test_steps_on_both_command_lines(sampler, fake_data, tmp_path, monkeypatch, flag, used):
+    arguments = ("--checkpoint", sampler, "--device", "cpu", *flag)
+    run(monkeypatch, ev.main, *arguments, "--output", tmp_path / "r.json")
+    results = json.loads((tmp_path / "r.json").read_text())
+    predicted = np.array(results["confusion"]).sum(0)
+    assert results["steps"] == used and predicted[used] == predicted.sum() > 0
+    Image.new("RGB", (9, 7)).save(tmp_path / "x.png")
+    assert run(monkeypatch, predict.main, *arguments, "--output", tmp_path / "out", tmp_path / "x.png") == 0
+    assert (np.asarray(Image.open(tmp_path / "out" / "x.png")) == used).all()
+
+
+def test_figure_of_the_evaluate_command(checkpoint, fake_data, drawn, tmp_path, monkeypatch):
+    torch.save(checkpoint, tmp_path / "c.pt")
+    arguments = ("--checkpoint", tmp_path / "c.pt", "--output", tmp_path / "r.json", "--figure", tmp_path / "figure.png")
+    monkeypatch.setattr(ev, "start", lambda device: Context(1, 2, CPU))
+    run(monkeypatch, ev.main, *arguments)
+    assert not drawn and not (tmp_path / "figure.png").exists()  # the main rank draws
+    monkeypatch.setattr(ev, "start", lambda device: CONTEXT)
+    run(monkeypatch, ev.main, *arguments)
+    results = json.loads((tmp_path / "r.json").read_text())
+    left, right = drawn[0].axes
+    assert f"{100 * results['ece']:.1f} %" in left.get_title() and right.get_yticklabels()[5].get_text() == INFO.classes[5]
+    confusion = np.array(results["confusion"])
+    assert right.images[0].get_array()[5].tolist() == pytest.approx((100 * confusion[5] / confusion[5].sum()).tolist())
+    assert Image.open(tmp_path / "figure.png").format == "PNG"
+
+
+def test_missing_matplotlib_is_reported_before_the_evaluation(tmp_path, monkeypatch, capsys):
+    hide_matplotlib(monkeypatch)
+    monkeypatch.setattr(ev, "load_model", lambda *arguments, **options: pytest.fail("evaluates"))
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, lambda: run_main(ev.main), "--checkpoint", "x.pt", "--device", "cpu", "--figure", tmp_path / "figure.png")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: figures need the package matplotlib: pip install matplotlib\n"
 
 
 def test_predict_command(checkpoint, tmp_path, monkeypatch, capsys):
