@@ -1,15 +1,19 @@
-"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies`.
+"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies|sampling`.
 
     loader       unlabeled training samples a second on one core, from 500x375 JPEG files as PASCAL VOC's. With
                  `--released FOLDER`, a checkout of LiheYoung/UniMatch, its loader takes turns with ours.
     step         time and peak memory of a DAW training step, and the share that its statistics and alignment take.
     strategies   a step of pos_meo.py with two gradients (pos_meo) against one with their sum (uniform): time and peak memory.
+    sampling     diffmatch.py at inference: its feature extractor and one call of its denoiser, and images a second with 1 to 5
+                 denoising steps beside DeepLabv3+ alone, one image at a time.
 
 Timings are medians over rounds that take turns, so that a busy machine slows all candidates alike: use the ratios.
 """
 
 import argparse
 import copy
+import dataclasses
+import functools
 import importlib
 import resource
 import statistics as stats
@@ -25,6 +29,7 @@ from PIL import Image
 
 from common import runtime
 from common.data import DATASETS, Data, Sample
+from common.deeplab import DeepLabV3Plus
 from common.loading import TrainingSet
 from common.runtime import UserError, run_main
 
@@ -196,21 +201,46 @@ def strategy_steps(names, backbone: str, crop: int, batch: int, device: str | No
     return steps, config, context.device
 
 
+@torch.inference_mode()
+def sampling(backbone: str, crop: int, batch: int, rounds: int, device: str | None, options: list[str]) -> None:
+    import diffmatch
+
+    device, classes = runtime.start(device).device, 21
+    config = diffmatch.parse(diffmatch.Config, ["--backbone", backbone, "--weights", "none", *options])
+    layout = {"device": device, "memory_format": torch.channels_last}
+    model = diffmatch.build_model(config, classes).to(**layout).eval()
+    deeplab = DeepLabV3Plus(backbone, classes, "none").to(**layout).eval()
+    images = torch.randn(1, 3, crop, crop).to(**layout)
+    with runtime.autocast(config, device):
+        z = model(images)
+        noise, t = torch.randn(1, model.mask_channels, *z.shape[2:]).to(**layout), torch.ones(1, device=device)
+        candidates = {"extractor": lambda: model(images), "denoiser": lambda: model.denoise(z, noise, t), "DeepLabv3+": lambda: deeplab(images)}
+        for steps in range(1, 6):
+            predict = diffmatch.predictor(model, dataclasses.replace(config, steps=steps))
+            candidates[f"{steps} steps"] = functools.partial(predict, images)
+        seconds = median_seconds(candidates, rounds, device)
+    print(f"{backbone}, one image of {crop}x{crop}, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(diffmatch.parameter_report(model))
+    print(f"feature extractor {1000 * seconds['extractor']:.0f} ms, one denoising call {1000 * seconds['denoiser']:.0f} ms: "
+          f"{100 * seconds['denoiser'] / seconds['extractor']:.0f} % of it")
+    print("   ".join(f"{name} {1 / seconds[name]:.2f}/s" for name in candidates if name not in ("extractor", "denoiser")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loader", "step", "strategies"))
+    parser.add_argument("what", choices=("loader", "step", "strategies", "sampling"))
     parser.add_argument("--released", type=Path, help="loader: a checkout of LiheYoung/UniMatch to measure beside ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop", type=int, default=321)
     parser.add_argument("--batch", type=int, default=2, help="labeled images, and as many unlabeled")
     parser.add_argument("--device")
-    args, options = parser.parse_known_args()  # the rest are options of daw.py or pos_meo.py, such as --compile or --no-amp
+    args, options = parser.parse_known_args()  # the rest are options of daw.py, pos_meo.py or diffmatch.py, such as --compile or --no-amp
     if args.what == "loader":
         loader(args.released, args.rounds)
     else:
-        {"step": step, "strategies": strategies}[args.what](args.backbone, args.crop, args.batch, args.rounds, args.device, options)
+        {"step": step, "strategies": strategies, "sampling": sampling}[args.what](args.backbone, args.crop, args.batch, args.rounds, args.device, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,713 @@
+"""DiffMatch: Towards Unbiased Learning in Semi-Supervised Semantic Segmentation (Sun et al., ICLR 2025).
+
+Idea. Segmentation as conditional generation. A feature extractor g sees the image once; a light mask denoiser f turns
+pure noise into the label map in a few steps, guided by the features. It learns as diffusion models do: a label map (ground truth, or
+the network's own pseudo label, itself generated from noise) is written as real numbers, mixed with noise at a random time t and
+predicted back. A debiased adjustment pulls every prediction towards what it would be if all classes were equally frequent.
+
+    Eq. 1, 3     schedule, forward diffusion            alpha_bar, add_noise
+    Eq. 9        debiased adjustment                    debias_penalty, ClassPrior
+    Eq. 4-11     the losses of a step (Algorithm 1)     diffmatch_loss
+    Alg. 2       labels as real numbers                 LabelEncoding
+    Alg. 3       DDIM sampling                          ddim_step, sample
+    Sec. 3.2     g without its classifier; f            DeepLabV3Plus.features; MaskDenoiser, DeformableAttention
+    Fig. 1, 8    pseudo labels per class                plot_pseudo_labels
+    Fig. 4, 5    calibration, confusion, unlabeled      finish (plot_calibration of common/pictures.py)
+    Fig. 10      prediction after each step             write_trajectory
+
+                      paper                          here (the authors released no code)             flag
+    schedule          Algorithm 2's code returns     alpha_bar itself, the sigmoid of it
+                      the log SNR
+    DDIM step         noise scaled by 1 - a_now, y_0 by 1 - a_next, and y_0 encoded; at t_next = 0
+                      not encoded                    exactly y_0
+    td                1 (Algorithm 3)                1                                               --time-difference
+    labels as numbers embedding (Algorithm 2), bits  embedding                                       --encoding bits
+                      (Section 3.4)
+    y_0 at stride 4   not said                       the nearest label; ignored pixels are a class
+                                                     of their own in y_0 and count nowhere else
+    concat(y_t, z)    1x1 convolution                its half for y_t starts at zero
+    scale of y_t      as it is                       as it is                                        --normalize-mask
+    a layer of f      deformable attention           attention, layer norm, scale and shift by t;    --ffn-channels
+                                                     neither feed-forward block nor positions
+    parameters, L =   42.4 43.3 44.9 45.8 49.9 M     42.5 43.2 44.5 45.9 50.0 M                      --layers
+    1 2 4 6 12 (R50)
+    pseudo label      f(eps, g(x)) in Eq. 6          one step from t = 1, in training mode           --pseudo-steps
+    threshold         none is mentioned              the baseline's (0.95 on pascal)                 --threshold 0
+    strong views      one, features dropped in it    UniMatch's: two, and perturbed features         --single-view
+    CutMix            not mentioned                  as UniMatch                                     --no-cutmix
+    t, noise          of each image                  of each view of each image
+    Eq. 9             f - f / (C p)                  on probabilities; f / (C p) sums to one and is
+                                                     a constant for the gradient
+    its pixels        not said                       all but ignored ones, confident or not          --tau
+    p of pseudo labels  EMA                          momentum 0.99, over all pseudo labels of a step --prior-momentum
+    total loss        L_sup + L_unsup                half of it, as UniMatch                         --lr
+    optimizer         not said                       the baseline's SGD; f learns like the head      --head-lr-multiplier
+    noise at test     not said                       of a fixed seed, the same for every image       --noise-seed
+    PASCAL crop       513                            321 (513 overfits with few labels)              --crop
+
+Commands
+    python diffmatch.py                                                    embedded data, some minutes on a laptop
+    python diffmatch.py --dataset pascal --data-root VOC2012 --labeled 92  one GPU
+    torchrun --nproc_per_node=8 diffmatch.py --dataset pascal --data-root VOC2012 --labeled 92 --crop 513
+    python -m common.evaluate --checkpoint runs/a/latest.pt --steps 1      Table 5
+    python diffmatch.py --trajectory runs/a/latest.pt --steps 5            Figure 10, and the scores after each step
+
+Measured on the embedded data (24 labels, mIoU, three seeds; README): MEASURED PASCAL has not been run.
+
+Baselines and ablations: --discriminative and --tau 0 (Table 5), --steps (Table 5), --layers (Table 7), --scale (Table 8),
+--tau (Table 9). UniMatch is `daw.py --weighting fixed`.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import augment, runtime
+from common.data import IGNORE, load_data
+from common.deeplab import DeepLabV3Plus
+from common.evaluate import evaluate, head_and_tail, load_model
+from common.files import write_atomically, write_json
+from common.loading import EvaluationSet, class_pixels, evaluation_loader, training_loader
+from common.options import TrainingOptions, fill_from_recipe, option, parse, require
+from common.pictures import plot_calibration, sample_grid
+from common.run import Run
+
+HEADS, POINTS = 8, 4  # of deformable attention, as in Deformable DETR
+LEGEND = {"true": "real", "pseudo": "pseudo labels", "used": "pseudo labels at or above the threshold"}
+LEAST_PRIOR = 1e-4  # a class prior is not estimated below this
+
+
+@dataclass
+class Config(TrainingOptions):
+    layers: int = option(4, "L, layers of deformable attention in the mask denoiser (Table 7)")
+    ffn_channels: int = option(0, "hidden channels of a feed-forward block behind each layer's attention; 0: none")
+    encoding: str = option("embedding", "how labels become real numbers: embedding (a learned vector per class, Algorithm 2) or bits "
+                                        "(analog bits, Section 3.4)", choices=("embedding", "bits"))
+    scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)")
+    normalize_mask: bool = option(False, "show the noisy mask to the denoiser at unit variance, whatever b and the time")
+    tau: float = option(0.1, "weight of the debiased adjustment, Eq. 9 (Table 9); 0: without")
+    prior_momentum: float = option(0.99, "momentum of the class prior of pseudo labels")
+    threshold: float | None = option(None, "pseudo labels below this confidence are not learned from; default: the data set's recipe (0.95)")
+    pseudo_steps: int = option(1, "denoising steps of a pseudo label")
+    steps: int = option(3, "denoising steps at inference (Table 5)")
+    time_difference: int = option(1, "td of Algorithm 3: a step goes so many steps further down in noise than in time")
+    noise_seed: int = option(0, "seed of the noise that evaluation and prediction start from, the same for every image")
+    single_view: bool = option(False, "one strong view, as in Eq. 6, instead of UniMatch's two and the perturbed features")
+    cutmix: bool = option(True, "CutMix between the strong views of unlabeled images, as in UniMatch")
+    discriminative: bool = option(False, "the discriminative baseline of Table 5: the same layers, no noisy mask")
+    trajectory: str | None = option(None, "no training: write this checkpoint's prediction after each step, Figure 10")
+
+
+# ================================================================ diffusion
+
+
+def alpha_bar(t) -> Tensor:
+    """The cosine schedule, in (0, 1), for times in [0, 1]; any shape, float64. y_t keeps alpha_bar of y_0's variance."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    n = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** 2
+    return n.clamp(1e-9, 1 - 1e-9)
+
+
+def per_image(level: Tensor, like: Tensor) -> Tensor:
+    """A 0-d level or one per image [B], shaped to multiply [B, D, h, w]."""
+    return level.to(like).view(-1, 1, 1, 1)
+
+
+def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
+    """Eq. 3: y_t from encoded labels y0 [B, D, h, w] at times t (a number or [B]); noise is standard normal."""
+    level = alpha_bar(t)
+    return per_image(level.sqrt(), y0) * y0 + per_image((1 - level).sqrt(), y0) * noise
+
+
+def ddim_step(y_t: Tensor, y0: Tensor, t_now, t_next) -> Tensor:
+    """Algorithm 3: from y_t at t_now to t_next, given the predicted and encoded y0; all [B, D, h, w], times numbers or [B].
+
+    At t_next = 0 the result is y0 itself, without the trace of noise that the schedule has there.
+    """
+    level = alpha_bar(t_now)
+    noise = (y_t - per_image(level.sqrt(), y_t) * y0) / per_image((1 - level).sqrt(), y_t)
+    at_end = per_image(torch.as_tensor(t_next) <= 0, y_t).bool()
+    return torch.where(at_end, y0, add_noise(y0, t_next, noise))
+
+
+@torch.no_grad()
+def sample(model, z: Tensor, steps: int, noise: Tensor, time_difference: int = 1) -> list[Tensor]:
+    """Algorithm 3: the logits [B, C, h, w] after each of `steps` denoising steps, given features z [B, D, h, w].
+
+    `model` has denoise(z, y_t, t [B]) -> logits and encode(label [B, h, w]) -> y_0; `noise` [B or 1, K, h, w] is y at t = 1.
+    Where K is 0 there is no mask to denoise: one pass, by the discriminative baseline.
+    """
+    if not noise.shape[1]:
+        return [model.denoise(z, None, z.new_zeros(len(z)))]
+    y_t, predictions = noise.expand(len(z), -1, -1, -1), []
+    for step in range(steps):
+        t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
+        predictions.append(model.denoise(z, y_t, z.new_full((len(z),), t_now)))
+        if step + 1 < steps:
+            y_t = ddim_step(y_t, model.encode(predictions[-1].argmax(dim=1)), t_now, t_next)
+    return predictions
+
+
+def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float) -> Tensor:
+    """Second term of Eq. 9, per pixel [B, H, W]: tau t |f - f*|^2 for logits [B, C, H, W], class_prior [C], t [B].
+
+    f is the predicted distribution and f* its debiased version, f / (C p(y_0)) normalised to sum to one, a constant for the
+    gradient: pulling f to it moves probability from head to tail classes. Zero for a uniform prior.
+    """
+    offset = (class_prior * len(class_prior)).log().to(logits)
+    debiased = (logits.detach() - offset.view(1, -1, 1, 1)).softmax(dim=1)
+    return tau * t.view(-1, 1, 1) * (logits.softmax(dim=1) - debiased).square().sum(dim=1)
+
+
+class ClassPrior(nn.Module):
+    """p(y_0) of labels, fixed, and of pseudo labels, which starts there and follows them: [C] each, in a checkpoint.
+
+    counts: labeled pixels per class [C]. A class without any has the prior 1/C, which means no adjustment.
+    """
+
+    def __init__(self, counts: Tensor, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        counts = counts.double()
+        prior = torch.where(counts > 0, counts / counts.sum(), 1 / len(counts)).clamp(min=LEAST_PRIOR)
+        self.register_buffer("labels", prior)
+        self.register_buffer("pseudo_labels", prior.clone())
+
+    def update(self, counts: Tensor) -> None:
+        """Once a step, with the pseudo labels' pixel counts [C] over all ranks; without a pixel nothing changes."""
+        share = torch.where(counts.sum() > 0, counts / counts.sum().clamp(min=1), self.pseudo_labels)
+        self.pseudo_labels.lerp_(share.to(self.pseudo_labels), 1 - self.momentum).clamp_(min=LEAST_PRIOR)
+
+
+# ================================================================ the network
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention of Zhu et al., "Deformable DETR", ICLR 2021, Eq. 2, on one level.
+
+    Every pixel looks, in each head, at a few points around itself; where, and how much each counts, are linear functions
+    of its own features. Points between pixels are interpolated bilinearly, outside of the map there are zeros.
+    forward: [B, h * w, D] -> [B, h * w, D], at least 2 x 2 pixels. Plain PyTorch; linear in the number of pixels.
+    """
+
+    def __init__(self, channels: int, heads: int | None = None, points: int = POINTS):
+        super().__init__()
+        heads = heads or min(HEADS, channels // 8)  # 8 where there are 256 channels, 4 in the tiny network
+        if channels % heads:
+            raise ValueError(f"{channels} channels cannot be shared by {heads} heads")
+        self.heads, self.points = heads, points
+        self.where = nn.Linear(channels, heads * points * 3)  # x, y offsets in pixels and the attention logit
+        self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        # As in Deformable DETR: each head starts with points in a direction of its own, all counting the same.
+        nn.init.zeros_(self.where.weight)
+        angle = torch.arange(heads) * (2 * math.pi / heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=1)
+        direction = direction / direction.abs().amax(dim=1, keepdim=True)
+        offsets = direction[:, None] * torch.arange(1, points + 1)[:, None]  # [heads, points, 2]
+        bias = torch.cat([offsets, torch.zeros(heads, points, 1)], dim=2).permute(2, 0, 1)
+        with torch.no_grad():
+            self.where.bias.copy_(bias.flatten())
+        for linear in (self.value, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        offset_x, offset_y, logits = self.where(x).chunk(3, dim=-1)
+        offset_x, offset_y = (offset.unflatten(-1, (self.heads, self.points)) for offset in (offset_x, offset_y))
+        weight = logits.unflatten(-1, (self.points, self.heads)).softmax(dim=-2).transpose(-1, -2)  # along the last axis it is slow
+        row = torch.arange(height, device=x.device, dtype=torch.float32).repeat_interleave(width).view(1, -1, 1, 1)
+        column = torch.arange(width, device=x.device, dtype=torch.float32).repeat(height).view(1, -1, 1, 1)
+        value = self.value(x).unflatten(-1, (self.heads, -1))
+        # float32 coordinates: in bf16 they would be whole pixels beyond 128
+        attended = bilinear_sum(value, column + offset_x, row + offset_y, weight, height, width)
+        return self.out(attended)
+
+
+def bilinear_sum(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    """Sum over points of weight x value at (x, y): value [B, h w, heads, d], the others [B, N, heads, points] -> [B, N, heads d].
+
+    x, y in pixels: (0, 0) is the centre of the first one. Zeros outside.
+    """
+    if value.is_cuda or torch.is_grad_enabled():
+        return bilinear_sum_by_grid_sample(value, x, y, weight, height, width)
+    return bilinear_sum_by_rows(value, x, y, weight, height, width)
+
+
+def bilinear_sum_by_grid_sample(value, x, y, weight, height: int, width: int) -> Tensor:
+    batch, pixels, heads, points = x.shape
+    maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width).to(x.dtype)
+    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
+    grid = grid.transpose(1, 2).reshape(batch * heads, pixels, points, 2)
+    weight = weight.transpose(1, 2).reshape(batch * heads, 1, pixels, points)
+    found = (F.grid_sample(maps, grid, align_corners=False) * weight).sum(dim=-1)  # [B heads, d, N]
+    return found.view(batch, -1, pixels).transpose(1, 2)
+
+
+def bilinear_sum_by_rows(value, x, y, weight, height: int, width: int) -> Tensor:
+    """The same through embedding_bag, which reads the four neighbours of a point as rows: several times faster on CPUs,
+    but slow backwards."""
+    batch, pixels, heads, points = x.shape
+    x, y, weight = (part.flatten(2) for part in (x, y, weight))
+    left, top = x.floor().clamp_(0, width - 2), y.floor().clamp_(0, height - 2)
+    # The hat function 1 - |d|, at least 0, is the bilinear weight, and is zero where the point lies outside of the map.
+    at_left, at_top = x - left, y - top
+    at_right, at_bottom = at_left - 1, at_top - 1
+    for part in (at_left, at_right, at_top, at_bottom):
+        part.abs_().neg_().add_(1).clamp_(min=0)
+    at_top, at_bottom = at_top.mul_(weight), at_bottom.mul_(weight)
+    weights = torch.stack([at_top * at_left, at_top * at_right, at_bottom * at_left, at_bottom * at_right], dim=-1)
+    # Row of (image, pixel, head) in value.view(-1, d).
+    options = {"device": x.device, "dtype": torch.int32 if batch * pixels * heads < 2**31 else torch.int64}
+    image, head = torch.arange(batch, **options).view(-1, 1, 1) * pixels, torch.arange(heads, **options).repeat_interleave(points)
+    row = top.mul_(width).add_(left).to(options["dtype"]).add_(image).mul_(heads).add_(head)
+    rows = torch.stack([row, row + heads, row + width * heads, row + (width + 1) * heads], dim=-1)
+    found = F.embedding_bag(rows.view(-1, 4 * points), value.reshape(-1, value.shape[-1]).to(x.dtype), mode="sum",
+                            per_sample_weights=weights.view(-1, 4 * points))
+    return found.view(batch, pixels, -1)
+
+
+class DenoiserLayer(nn.Module):
+    """x + attention(x), layer norm, the time's scale and shift: [B, h * w, D] -> [B, h * w, D]."""
+
+    def __init__(self, channels: int, time_channels: int, ffn_channels: int):
+        super().__init__()
+        self.attention, self.norm = DeformableAttention(channels), nn.LayerNorm(channels)
+        self.ffn = None
+        if ffn_channels:
+            self.ffn = nn.Sequential(nn.Linear(channels, ffn_channels), nn.ReLU(), nn.Linear(ffn_channels, channels))
+            self.ffn_norm = nn.LayerNorm(channels)
+        self.scale_and_shift = nn.Linear(time_channels, 2 * channels)
+
+    def forward(self, x: Tensor, time: Tensor, height: int, width: int) -> Tensor:
+        x = self.norm(x + self.attention(x, height, width))
+        if self.ffn is not None:
+            x = self.ffn_norm(x + self.ffn(x))
+        scale, shift = self.scale_and_shift(time).unsqueeze(1).chunk(2, dim=-1)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class MaskDenoiser(nn.Module):
+    """f: features z [B, D, h, w], noisy mask y_t [B, K, h, w], t [B] -> logits [B, C, h, w] of the clean mask.
+
+    mask_channels = 0 makes the discriminative baseline, which sees z alone.
+    """
+
+    def __init__(self, channels: int, mask_channels: int, num_classes: int, layers: int, ffn_channels: int = 0,
+                 normalize_mask: bool = False):
+        super().__init__()
+        self.normalize_mask = normalize_mask
+        # The 1x1 convolution of concat(y_t, z), as the sum of its two halves.
+        self.fuse_image = nn.Linear(channels, channels)
+        self.fuse_mask = nn.Linear(mask_channels, channels, bias=False) if mask_channels else None
+        if mask_channels:
+            nn.init.zeros_(self.fuse_mask.weight)  # else the features start, and with SGD stay, under a layer of noise
+        self.time = nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels), nn.SiLU())
+        self.layers = nn.ModuleList(DenoiserLayer(channels, 4 * channels, ffn_channels) for _ in range(layers))
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, z: Tensor, y_t: Tensor | None, t: Tensor) -> Tensor:
+        height, width = z.shape[2:]
+        x = self.fuse_image(pixels_last(z))
+        if self.fuse_mask is not None:
+            if self.normalize_mask:
+                y_t = y_t * y_t.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+            x = x + self.fuse_mask(pixels_last(y_t))
+        time = self.time(sinusoids(t, z.shape[1]))
+        for layer in self.layers:
+            x = layer(x, time, height, width)
+        return self.classifier(x).transpose(1, 2).unflatten(2, (height, width))
+
+
+def pixels_last(x: Tensor) -> Tensor:
+    """[B, D, h, w] -> [B, h * w, D]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def sinusoids(t: Tensor, channels: int) -> Tensor:
+    """Times [B] in [0, 1] -> [B, channels]: sines and cosines of 1000 t, periods from 2 pi to 20,000 pi (Vaswani et al. 2017)."""
+    frequency = torch.exp(torch.arange(channels // 2, device=t.device) * (-math.log(10000) / (channels // 2)))
+    angle = 1000 * t[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class LabelEncoding(nn.Module):
+    """Label maps [B, h, w] of 0..C-1 and C (or 255) for unknown -> real numbers in [-b, b], [B, K, h, w].
+
+    embedding: one learned vector per class, through (sigmoid(e) 2 - 1) b; K = `channels`. bits: the binary digits of the
+    class as -b and b; K = ceil(log2(C + 1)).
+    """
+
+    def __init__(self, kind: str, num_classes: int, channels: int, scale: float):
+        super().__init__()
+        self.num_classes, self.scale = num_classes, scale
+        self.channels = channels if kind == "embedding" else math.ceil(math.log2(num_classes + 1))
+        if kind == "embedding":
+            self.embedding = nn.Parameter(torch.randn(num_classes + 1, channels))
+        else:
+            bits = torch.arange(num_classes + 1)[:, None] >> torch.arange(self.channels) & 1
+            self.register_buffer("bits", bits.float() * 2 - 1, persistent=False)
+
+    def forward(self, label: Tensor) -> Tensor:
+        label = label.long().clamp(max=self.num_classes)
+        table = self.bits if hasattr(self, "bits") else self.embedding.float().sigmoid() * 2 - 1
+        return F.embedding(label, table * self.scale).permute(0, 3, 1, 2)
+
+
+class DiffMatch(nn.Module):
+    """g and f. forward(images [B, 3, H, W]) -> z [B, D, H/4, W/4]; forward(denoise=(z, y_t, t)) -> logits [B, C, H/4, W/4].
+
+    forward(images, perturb=k) -> (z, z of the last k images under channel dropout).
+    """
+
+    def __init__(self, config: Config, num_classes: int):
+        super().__init__()
+        self.extractor = DeepLabV3Plus(config.backbone, num_classes, config.weights)
+        self.extractor.classifier = nn.Identity()
+        channels = self.extractor.channels
+        self.encode = None if config.discriminative else LabelEncoding(config.encoding, num_classes, channels, config.scale)
+        self.mask_channels = 0 if config.discriminative else self.encode.channels
+        self.denoiser = MaskDenoiser(channels, self.mask_channels, num_classes, config.layers, config.ffn_channels,
+                                     config.normalize_mask)
+
+    def forward(self, images: Tensor | None = None, perturb: int = 0, denoise: tuple | None = None):
+        if denoise is not None:
+            return self.denoise(*denoise)
+        z = self.extractor.features(images, perturb)
+        return z.split([len(images), perturb]) if perturb else z
+
+    def denoise(self, z: Tensor, y_t: Tensor | None, t: Tensor) -> Tensor:
+        return self.denoiser(z, y_t, t).float()
+
+    def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:
+        """The encoder at `lr`, everything else at `lr` x `head_lr_multiplier`."""
+        encoder, head = self.extractor.parameter_groups(lr, head_lr_multiplier)
+        mask = [*self.denoiser.parameters(), *(self.encode.parameters() if self.encode else ())]
+        return [encoder, {**head, "params": head["params"] + mask}]
+
+
+def upsample(logits: Tensor, size) -> Tensor:
+    """Logits [B, C, h, w] -> [B, C, H, W], as DeepLabv3+ enlarges its own."""
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def downsample(label: Tensor, size) -> Tensor:
+    """Label maps [B, H, W] -> [B, h, w], nearest; the inverse of `upsample`'s grid: the corners' labels stay in the corners."""
+    rows, columns = (torch.linspace(0, full - 1, small, device=label.device).round().long() for full, small in zip(label.shape[1:], size))
+    return label[:, rows][:, :, columns]
+
+
+# ================================================================ training
+
+
+def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float]) -> dict[str, Tensor]:
+    """Weak crops as the loader gives them -> everything a step needs that does not depend on the network."""
+    weak = augment.to_float(part["unlabeled"])
+    views = {"labeled": augment.normalize(part["labeled"]), "label": part["label"], "weak": augment.normalize(weak), "valid": part["valid"]}
+    if "truth" in part:
+        views["truth"] = part["truth"]
+    neighbour_valid = runtime.roll_global_batch(part["valid"])
+    for view in strong_views(config):
+        strong = augment.strong_augment(weak, blur_sigma=blur)
+        boxes = augment.cutmix_boxes(len(weak), config.crop, p=0.5 if config.cutmix else 0.0, device=weak.device)
+        views[view] = augment.normalize(augment.cutmix(boxes, strong, runtime.roll_global_batch(strong)))
+        views[view + "_boxes"] = boxes
+        views[view + "_valid"] = augment.cutmix(boxes, part["valid"], neighbour_valid)
+    return views
+
+
+def strong_views(config: Config) -> tuple[str, ...]:
+    return ("strong_1",) if config.single_view else ("strong_1", "strong_2")
+
+
+def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
+
+    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
+    """
+    names = [name for name in parts[0] if name.endswith("valid")]
+    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
+    counts = runtime.all_reduce_sum(torch.stack(counts).float())
+    return dict(zip(["label", *names], (counts / runtime.world_size()).clamp(min=1).unbind()))
+
+
+def train(config: Config) -> dict:
+    """Train, evaluate and save as `config` says; returns the last evaluation."""
+    context = runtime.start(config.device)
+    data = load_data(config, context)
+    fill_from_recipe(config, "diffmatch", data, context)
+    if config.threshold is None:
+        config.threshold = data.info.threshold
+    check(config)
+    require(bool(data.unlabeled), "no unlabeled image is left: DiffMatch learns from both kinds")
+
+    runtime.seed_everything(config.seed)
+    model = build_model(config, data.info.num_classes)
+    network = runtime.wrap(model, config, context)
+    optimizer = torch.optim.SGD(model.parameter_groups(config.lr, config.head_lr_multiplier), momentum=config.momentum,
+                                weight_decay=config.weight_decay)
+    labeled_pixels = class_pixels(data)
+    prior = ClassPrior(labeled_pixels, config.prior_momentum).to(context.device)
+    state = {"model": model, "optimizer": optimizer, "prior": prior}
+    if config.ema_decay:
+        state["ema"] = runtime.WeightAverage(model, config.ema_decay)
+    runtime.seed_everything(config.seed + 1000 * context.rank)  # ranks augment and add noise differently
+
+    run = Run("diffmatch", config, context, state)
+    start = run.begin()
+    run.say(parameter_report(model))
+    loader = training_loader(data, config, context, start, config.iterations)
+
+    for iteration, batch in enumerate(loader, start):
+        runtime.poly_lr(optimizer, iteration, config.iterations)
+        parts = [make_views(part, config, data.info.blur) for part in runtime.split_batch(batch, config.grad_accum, context.device)]
+        counts, observed, logged = pixel_counts(parts), 0.0, {}
+        for number, views in enumerate(parts):
+            with runtime.no_sync_unless(number == len(parts) - 1, network):
+                with runtime.autocast(config, context.device):
+                    loss, terms, pixels = diffmatch_loss(network, model, views, counts, prior, config)
+                loss.backward()
+            logged = {name: value.detach() + logged.get(name, 0.0) for name, value in terms.items()}
+            observed = observed + pixels
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        logged |= class_shares(observed / counts["valid"], data.info.classes)
+        prior.update(runtime.all_reduce_sum(observed[0]))
+        if config.ema_decay:
+            state["ema"].update(iteration)
+
+        run.log(iteration, logged, slow=lambda means: report(means, prior, data.info.classes))
+        if run.should_evaluate(iteration):
+            run.note_results(iteration, validate(run, data, getattr(data, config.eval_split), labeled_pixels))
+        run.end_of_step(iteration)
+
+    finish(run, data, labeled_pixels)
+    return run.last
+
+
+def diffmatch_loss(network, model: DiffMatch, views: dict, counts: dict, prior: ClassPrior, config: Config):
+    """One part of a batch through Algorithm 1: (loss, terms for the log, class_counts [3, C] of pseudo labels, of those that
+    are learned from, and of the truth where it is known)."""
+    names, size = strong_views(config), views["weak"].shape[2:]
+    images, unlabeled = torch.cat([views["labeled"], views["weak"]]), len(views["weak"])
+    z, *z_perturbed = [network(images)] if config.single_view else network(images, perturb=unlabeled)
+    z_strong = network(torch.cat([views[name] for name in names]))
+    z_labeled, z_weak = z.split([len(z) - unlabeled, unlabeled])
+
+    with torch.no_grad():  # Eq. 6: pseudo labels by denoising pure noise
+        noise = torch.randn(unlabeled, model.mask_channels, *z.shape[2:], device=z.device)
+        logits_weak = upsample(sample(model, z_weak, config.pseudo_steps, noise, config.time_difference)[-1], size)
+        confidence, pseudo_label = logits_weak.softmax(dim=1).max(dim=1)
+        used = (confidence >= config.threshold) & views["valid"]
+        pseudo_label = torch.where(views["valid"], pseudo_label, IGNORE)
+        neighbour_label, neighbour_used = runtime.roll_global_batch(pseudo_label), runtime.roll_global_batch(used)
+
+    # Of each view: y_0, the pixels whose cross entropy counts, and what its sum is divided by.
+    rows = [(views["label"].long(), views["label"] != IGNORE, counts["label"])]
+    rows += [(pseudo_label, used, counts["valid"]) for _ in z_perturbed]
+    for name in names:
+        mixed = [augment.cutmix(views[name + "_boxes"], *pair) for pair in ((pseudo_label, neighbour_label), (used, neighbour_used))]
+        rows.append((*mixed, counts[name + "_valid"]))
+    labels, learned, divisors = zip(*rows)
+    sizes, label, learned = [len(part) for part in labels], torch.cat(labels), torch.cat(learned)
+
+    # One pass of the denoiser for all views; each image has a time and noise of its own.
+    z = torch.cat([z_labeled, *z_perturbed, z_strong])
+    t, y_t = torch.zeros(len(z), device=z.device), None
+    if not config.discriminative:
+        t, y0 = torch.rand_like(t), model.encode(downsample(label, z.shape[2:]))
+        y_t = add_noise(y0, t, torch.randn_like(y0))
+    logits = upsample(network(denoise=(z, y_t, t)), size)
+
+    cross_entropy = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none") * learned
+    priors = [prior.labels] + [prior.pseudo_labels] * (len(rows) - 1)
+    penalty = [debias_penalty(part, p, time, config.tau) for part, p, time in zip(logits.split(sizes), priors, t.split(sizes))]
+    penalty = torch.cat(penalty) * (label != IGNORE)
+    loss_sup, *losses = [part.sum() / divisor for part, divisor in zip((cross_entropy + penalty).split(sizes), divisors)]  # Eq. 10
+    loss_unsup = losses[0] if config.single_view else 0.5 * losses[0] + 0.5 * (losses[1] + losses[2]) / 2  # Eq. 11
+    loss = 0.5 * (loss_sup + loss_unsup)
+
+    terms = {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup, "used": used.sum() / counts["valid"],
+             "penalty": penalty[: sizes[0]].sum() / counts["label"]}
+    pixels = [class_counts(pseudo_label, logits.shape[1]), class_counts(torch.where(used, pseudo_label, IGNORE), logits.shape[1])]
+    if "truth" in views:  # for the log only
+        truth = views["truth"].long()
+        known = used & (truth != IGNORE)
+        terms |= {"used_known": known.sum(), "used_right": (known & (pseudo_label == truth)).sum()}
+        pixels.append(class_counts(truth, logits.shape[1]))
+    return loss, terms, torch.stack(pixels)
+
+
+def class_counts(label: Tensor, num_classes: int) -> Tensor:
+    """Pixels of each class, float64 [C], in int64 label maps of any shape with 255 = ignore."""
+    counts = torch.zeros(IGNORE + 1, dtype=torch.float64, device=label.device)
+    return counts.scatter_add_(0, label.flatten(), torch.ones_like(label, dtype=torch.float64).flatten())[:num_classes]
+
+
+def class_shares(shares: Tensor, classes) -> dict[str, Tensor]:
+    """[3 or 2, C] -> scalars for the log: "pseudo <class>", "used <class>" and "true <class>"."""
+    return {f"{kind} {name}": share for kind, row in zip(("pseudo", "used", "true"), shares) for name, share in zip(classes, row)}
+
+
+def check(config: Config) -> None:
+    """Raise UserError for options that no run could use."""
+    for name in ("layers", "pseudo_steps", "steps"):
+        require(getattr(config, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    for name in ("ffn_channels", "tau", "time_difference", "noise_seed"):
+        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
+    require(config.scale > 0, f"--scale must be positive, not {config.scale}")
+    require(0 <= config.prior_momentum < 1, f"--prior-momentum must lie in [0, 1), not {config.prior_momentum}")
+
+
+def parameter_report(model: DiffMatch) -> str:
+    """The counts of Table 7."""
+    def millions(module) -> str:
+        return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
+
+    return f"{millions(model)} parameters: {millions(model.extractor)} feature extractor, {millions(model.denoiser)} mask denoiser"
+
+
+def report(means: dict[str, float], prior: ClassPrior, classes) -> dict[str, float]:
+    """For the log: how many used pseudo labels are right, and p(y_0) of the pseudo labels."""
+    line = {f"prior {name}": round(value, 6) for name, value in zip(classes, prior.pseudo_labels.tolist())}
+    if means.get("used_known"):
+        line["used_accuracy"] = round(means["used_right"] / means["used_known"], 5)
+    return line
+
+
+def validate(run: Run, data, samples, labeled_pixels: Tensor) -> dict:
+    """Metrics on a list of samples; leaves the network in training mode."""
+    model, config, context = run.state["model"], run.config, run.context
+    loader = evaluation_loader(samples, data, context, config.num_workers)
+    results = evaluate(predictor(run.evaluated_model, config), loader, data.info, context, labeled_pixels)
+    model.train()
+    return results
+
+
+def finish(run: Run, data, labeled_pixels: Tensor) -> None:
+    """What a finished run leaves: samples, Figure 10, Figures 4 and 5 if the unlabeled images' truth is known, Figures 1 and 8."""
+    predict = predictor(run.evaluated_model, run.config)
+    run.write_samples(predict, data)
+    if run.context.is_main:
+        write_trajectory(predict, data, run.context.device, run.folder / "trajectory.png")
+        plot_pseudo_labels(run.folder, data.info.classes, labeled_pixels)
+    if data.unlabeled[0].mask is not None:
+        results = validate(run, data, data.unlabeled, labeled_pixels)
+        if run.context.is_main:
+            write_json(run.folder / "unlabeled.json", results)
+            if find_spec("matplotlib"):
+                plot_calibration(results, data.info.classes, run.folder / "unlabeled.png")
+
+
+# ================================================================ prediction
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    return DiffMatch(config, num_classes)
+
+
+class Predictor:
+    """images [B, 3, H, W], normalised -> logits [B, C, H, W] after `config.steps` denoising steps."""
+
+    def __init__(self, model: DiffMatch, config: Config):
+        self.model, self.config = model.eval(), config
+        self.noise = functools.lru_cache(maxsize=8)(self.draw_noise)  # a data set has few sizes that are frequent
+
+    def draw_noise(self, height: int, width: int) -> Tensor:
+        """One image's, for every image of this size: a score depends neither on the order of images nor on the batch or device."""
+        generator = torch.Generator().manual_seed(self.config.noise_seed)
+        device = next(self.model.parameters()).device
+        noise = torch.randn(1, self.model.mask_channels, height, width, generator=generator)
+        return noise.to(device, memory_format=torch.channels_last)
+
+    def trajectory(self, images: Tensor) -> list[Tensor]:
+        """The logits [B, C, h, w] after each step."""
+        z = self.model(images)
+        return sample(self.model, z, self.config.steps, self.noise(*z.shape[2:]), self.config.time_difference)
+
+    def __call__(self, images: Tensor, step: int = -1) -> Tensor:
+        return upsample(self.trajectory(images)[step], images.shape[2:])
+
+
+def predictor(model: DiffMatch, config: Config) -> Predictor:
+    return Predictor(model, config)
+
+
+@torch.inference_mode()
+def write_trajectory(predict: Predictor, data, device, path: Path, count: int = 6) -> None:
+    """Figure 10: image | label | prediction after each step, of the first validation images."""
+    rows = []
+    for item in EvaluationSet(data.val[:count], data.root, data.info.num_classes):
+        images = augment.normalize(item["image"][None].to(device))
+        steps = [upsample(logits, images.shape[2:])[0].argmax(dim=0).byte().cpu().numpy() for logits in predict.trajectory(images)]
+        rows.append((item["image"].numpy(), item["label"].numpy(), *steps))
+    captions = ("image", "label", *(f"step {step + 1}" for step in range(len(rows[0]) - 2)))
+    sample_grid(rows, data.info.classes, data.info.palette, path, captions)
+
+
+def trajectory(config: Config) -> None:
+    """Figure 10 for the checkpoint `config.trajectory`, with this run's steps, time difference and noise seed; scores of every step."""
+    context = runtime.start(config.device)
+    check(config)
+    predict, saved, info = load_model(config.trajectory, context.device)
+    require(hasattr(saved, "pseudo_steps"), f"{config.trajectory} is no checkpoint of diffmatch.py")
+    chosen = {name: getattr(config, name) for name in ("steps", "time_difference", "noise_seed")}
+    predict = Predictor(predict.model, dataclasses.replace(saved, **chosen))
+    data = load_data(dataclasses.replace(saved, data_root=config.data_root or saved.data_root), context)
+    labeled_pixels, samples = class_pixels(data), getattr(data, config.eval_split)
+    for step in range(1 if saved.discriminative else config.steps):
+        results = evaluate(functools.partial(predict, step=step), evaluation_loader(samples, data, context, config.num_workers),
+                           info, context, labeled_pixels)
+        if context.is_main:
+            print(f"step {step + 1}: mIoU {results['miou']:.2f}   head {results['head_miou']:.2f}   tail {results['tail_miou']:.2f}   "
+                  f"ECE {100 * results['ece']:.2f} %", flush=True)
+    if context.is_main:
+        path = Path(config.output or Path(config.trajectory).parent) / "trajectory.png"
+        write_trajectory(predict, data, context.device, path)
+        print(path)
+
+
+def plot_pseudo_labels(folder: Path, classes, labeled_pixels: Tensor) -> None:
+    """pseudo_labels.png from metrics.jsonl, the paper's Figures 1 and 8; nothing if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if f"pseudo {classes[0]}" in line]
+    if not lines:
+        return
+    kinds = {"true": "tab:gray", "pseudo": "tab:blue", "used": "tab:orange"}
+    kinds = {kind: colour for kind, colour in kinds.items() if f"{kind} {classes[0]}" in lines[0]}
+    head, tail = head_and_tail(labeled_pixels, k=1)
+    order = labeled_pixels.argsort(descending=True).tolist()
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    bars, *curves = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    last = lines[-max(1, len(lines) // 10) :]
+    for place, (kind, colour) in enumerate(kinds.items()):
+        heights = [100 * sum(line[f"{kind} {classes[index]}"] for line in last) / len(last) for index in order]
+        bars.bar([x + (place - 1) * 0.27 for x in range(len(order))], heights, 0.27, color=colour, label=LEGEND[kind])
+    bars.set_xticks(range(len(order)), [classes[index] for index in order], rotation=60, ha="right")
+    bars.set(yscale="log", ylabel="% of the pixels", title="last tenth of the training")
+    bars.legend()
+    for axes, index in zip(curves, (*head, *tail)):
+        for kind, colour in kinds.items():
+            axes.plot([line["iteration"] for line in lines], [100 * line[f"{kind} {classes[index]}"] for line in lines], color=colour)
+        axes.set(xlabel="iteration", title=classes[index], ylim=(0, None))
+    write_atomically(folder / "pseudo_labels.png", lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def main() -> None:
+    config = parse(Config, description=__doc__)
+    trajectory(config) if config.trajectory else train(config)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)
