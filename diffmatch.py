@@ -11,8 +11,8 @@ predicted back. A debiased adjustment pulls every prediction towards what it wou
     Alg. 2       labels as real numbers                 LabelEncoding
     Alg. 3       DDIM sampling                          ddim_step, sample
     Sec. 3.2     g without its classifier; f            DeepLabV3Plus.features; MaskDenoiser, DeformableAttention
-    Fig. 1, 8    pseudo labels per class                plot_pseudo_labels
-    Fig. 4, 5    calibration, confusion, unlabeled      finish (plot_calibration of common/pictures.py)
+    Fig. 1, 8    pseudo labels per class                finish: pseudo_labels.png
+    Fig. 4, 5    calibration, confusion, unlabeled      finish: unlabeled.json, unlabeled.png
     Fig. 10      prediction after each step             write_trajectory
 
                       paper                          here (the authors released no code)             flag
@@ -73,16 +73,15 @@ from torch import Tensor, nn
 from common import augment, runtime
 from common.data import IGNORE, load_data
 from common.deeplab import DeepLabV3Plus
-from common.evaluate import evaluate, head_and_tail, load_model
-from common.files import write_atomically, write_json
+from common.deformable import DeformableAttention
+from common.evaluate import evaluate, load_model
+from common.files import write_json
 from common.loading import EvaluationSet, class_pixels, evaluation_loader, training_loader
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
-from common.pictures import plot_calibration, sample_grid
+from common.pictures import plot_calibration, plot_class_shares, sample_grid
 from common.run import Run
 
-HEADS, POINTS = 8, 4  # of deformable attention, as in Deformable DETR
-LEGEND = {"true": "real", "pseudo": "pseudo labels", "used": "pseudo labels at or above the threshold"}
-LEAST_PRIOR = 1e-4  # a class prior is not estimated below this
+LEAST_PRIOR = 1e-4  # no class that has labels is taken for rarer than this
 
 
 @dataclass
@@ -116,26 +115,23 @@ def alpha_bar(t) -> Tensor:
     return n.clamp(1e-9, 1 - 1e-9)
 
 
-def per_image(level: Tensor, like: Tensor) -> Tensor:
-    """A 0-d level or one per image [B], shaped to multiply [B, D, h, w]."""
-    return level.to(like).view(-1, 1, 1, 1)
-
-
 def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
-    """Eq. 3: y_t from encoded labels y0 [B, D, h, w] at times t (a number or [B]); noise is standard normal."""
+    """Eq. 3: y_t from encoded labels y0 [B, K, h, w] at times t, a number or one per image [B]; noise is standard normal."""
     level = alpha_bar(t)
-    return per_image(level.sqrt(), y0) * y0 + per_image((1 - level).sqrt(), y0) * noise
+    signal, spread = ((root if root.dim() == 0 else root.view(-1, 1, 1, 1)).to(y0.dtype) for root in (level.sqrt(), (1 - level).sqrt()))
+    return signal * y0 + spread * noise
 
 
-def ddim_step(y_t: Tensor, y0: Tensor, t_now, t_next) -> Tensor:
-    """Algorithm 3: from y_t at t_now to t_next, given the predicted and encoded y0; all [B, D, h, w], times numbers or [B].
+def ddim_step(y_t: Tensor, y0: Tensor, t_now: float, t_next: float) -> Tensor:
+    """Algorithm 3: from y_t at t_now > 0 to t_next, given the predicted and encoded y0; all [B, K, h, w].
 
     At t_next = 0 the result is y0 itself, without the trace of noise that the schedule has there.
     """
+    if t_next <= 0:
+        return y0
     level = alpha_bar(t_now)
-    noise = (y_t - per_image(level.sqrt(), y_t) * y0) / per_image((1 - level).sqrt(), y_t)
-    at_end = per_image(torch.as_tensor(t_next) <= 0, y_t).bool()
-    return torch.where(at_end, y0, add_noise(y0, t_next, noise))
+    noise = (y_t - level.sqrt() * y0) / (1 - level).sqrt()
+    return add_noise(y0, t_next, noise)
 
 
 @torch.no_grad()
@@ -146,18 +142,18 @@ def sample(model, z: Tensor, steps: int, noise: Tensor, time_difference: int = 1
     Where K is 0 there is no mask to denoise: one pass, by the discriminative baseline.
     """
     if not noise.shape[1]:
-        return [model.denoise(z, None, z.new_zeros(len(z)))]
+        return [model.denoise(z, None, torch.zeros(len(z), device=z.device))]
     y_t, predictions = noise.expand(len(z), -1, -1, -1), []
     for step in range(steps):
         t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
-        predictions.append(model.denoise(z, y_t, z.new_full((len(z),), t_now)))
+        predictions.append(model.denoise(z, y_t, torch.full((len(z),), t_now, device=z.device)))
         if step + 1 < steps:
             y_t = ddim_step(y_t, model.encode(predictions[-1].argmax(dim=1)), t_now, t_next)
     return predictions
 
 
 def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float) -> Tensor:
-    """Second term of Eq. 9, per pixel [B, H, W]: tau t |f - f*|^2 for logits [B, C, H, W], class_prior [C], t [B].
+    """Second term of Eq. 9, per pixel [B, H, W]: tau t |f - f*|^2 for logits [B, C, H, W], a positive class_prior [C], t [B].
 
     f is the predicted distribution and f* its debiased version, f / (C p(y_0)) normalised to sum to one, a constant for the
     gradient: pulling f to it moves probability from head to tail classes. Zero for a uniform prior.
@@ -170,108 +166,25 @@ def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float) -
 class ClassPrior(nn.Module):
     """p(y_0) of labels, fixed, and of pseudo labels, which starts there and follows them: [C] each, in a checkpoint.
 
-    counts: labeled pixels per class [C]. A class without any has the prior 1/C, which means no adjustment.
+    counts: labeled pixels per class [C]. A class without any has 1/C in both, for ever: it is not adjusted.
     """
 
     def __init__(self, counts: Tensor, momentum: float):
         super().__init__()
         self.momentum = momentum
         counts = counts.double()
-        prior = torch.where(counts > 0, counts / counts.sum(), 1 / len(counts)).clamp(min=LEAST_PRIOR)
+        prior = torch.where(counts > 0, (counts / counts.sum()).clamp(min=LEAST_PRIOR), 1 / len(counts))
+        self.register_buffer("known", counts > 0, persistent=False)
         self.register_buffer("labels", prior)
         self.register_buffer("pseudo_labels", prior.clone())
 
     def update(self, counts: Tensor) -> None:
         """Once a step, with the pseudo labels' pixel counts [C] over all ranks; without a pixel nothing changes."""
-        share = torch.where(counts.sum() > 0, counts / counts.sum().clamp(min=1), self.pseudo_labels)
-        self.pseudo_labels.lerp_(share.to(self.pseudo_labels), 1 - self.momentum).clamp_(min=LEAST_PRIOR)
+        share = torch.lerp((counts / counts.sum().clamp(min=1)).double(), self.pseudo_labels, self.momentum).clamp(min=LEAST_PRIOR)
+        self.pseudo_labels.copy_(torch.where(self.known & (counts.sum() > 0), share, self.pseudo_labels))
 
 
 # ================================================================ the network
-
-
-class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention of Zhu et al., "Deformable DETR", ICLR 2021, Eq. 2, on one level.
-
-    Every pixel looks, in each head, at a few points around itself; where, and how much each counts, are linear functions
-    of its own features. Points between pixels are interpolated bilinearly, outside of the map there are zeros.
-    forward: [B, h * w, D] -> [B, h * w, D], at least 2 x 2 pixels. Plain PyTorch; linear in the number of pixels.
-    """
-
-    def __init__(self, channels: int, heads: int | None = None, points: int = POINTS):
-        super().__init__()
-        heads = heads or min(HEADS, channels // 8)  # 8 where there are 256 channels, 4 in the tiny network
-        if channels % heads:
-            raise ValueError(f"{channels} channels cannot be shared by {heads} heads")
-        self.heads, self.points = heads, points
-        self.where = nn.Linear(channels, heads * points * 3)  # x, y offsets in pixels and the attention logit
-        self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        # As in Deformable DETR: each head starts with points in a direction of its own, all counting the same.
-        nn.init.zeros_(self.where.weight)
-        angle = torch.arange(heads) * (2 * math.pi / heads)
-        direction = torch.stack([angle.cos(), angle.sin()], dim=1)
-        direction = direction / direction.abs().amax(dim=1, keepdim=True)
-        offsets = direction[:, None] * torch.arange(1, points + 1)[:, None]  # [heads, points, 2]
-        bias = torch.cat([offsets, torch.zeros(heads, points, 1)], dim=2).permute(2, 0, 1)
-        with torch.no_grad():
-            self.where.bias.copy_(bias.flatten())
-        for linear in (self.value, self.out):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        offset_x, offset_y, logits = self.where(x).chunk(3, dim=-1)
-        offset_x, offset_y = (offset.unflatten(-1, (self.heads, self.points)) for offset in (offset_x, offset_y))
-        weight = logits.unflatten(-1, (self.points, self.heads)).softmax(dim=-2).transpose(-1, -2)  # along the last axis it is slow
-        row = torch.arange(height, device=x.device, dtype=torch.float32).repeat_interleave(width).view(1, -1, 1, 1)
-        column = torch.arange(width, device=x.device, dtype=torch.float32).repeat(height).view(1, -1, 1, 1)
-        value = self.value(x).unflatten(-1, (self.heads, -1))
-        # float32 coordinates: in bf16 they would be whole pixels beyond 128
-        attended = bilinear_sum(value, column + offset_x, row + offset_y, weight, height, width)
-        return self.out(attended)
-
-
-def bilinear_sum(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """Sum over points of weight x value at (x, y): value [B, h w, heads, d], the others [B, N, heads, points] -> [B, N, heads d].
-
-    x, y in pixels: (0, 0) is the centre of the first one. Zeros outside.
-    """
-    if value.is_cuda or torch.is_grad_enabled():
-        return bilinear_sum_by_grid_sample(value, x, y, weight, height, width)
-    return bilinear_sum_by_rows(value, x, y, weight, height, width)
-
-
-def bilinear_sum_by_grid_sample(value, x, y, weight, height: int, width: int) -> Tensor:
-    batch, pixels, heads, points = x.shape
-    maps = value.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width).to(x.dtype)
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    grid = grid.transpose(1, 2).reshape(batch * heads, pixels, points, 2)
-    weight = weight.transpose(1, 2).reshape(batch * heads, 1, pixels, points)
-    found = (F.grid_sample(maps, grid, align_corners=False) * weight).sum(dim=-1)  # [B heads, d, N]
-    return found.view(batch, -1, pixels).transpose(1, 2)
-
-
-def bilinear_sum_by_rows(value, x, y, weight, height: int, width: int) -> Tensor:
-    """The same through embedding_bag, which reads the four neighbours of a point as rows: several times faster on CPUs,
-    but slow backwards."""
-    batch, pixels, heads, points = x.shape
-    x, y, weight = (part.flatten(2) for part in (x, y, weight))
-    left, top = x.floor().clamp_(0, width - 2), y.floor().clamp_(0, height - 2)
-    # The hat function 1 - |d|, at least 0, is the bilinear weight, and is zero where the point lies outside of the map.
-    at_left, at_top = x - left, y - top
-    at_right, at_bottom = at_left - 1, at_top - 1
-    for part in (at_left, at_right, at_top, at_bottom):
-        part.abs_().neg_().add_(1).clamp_(min=0)
-    at_top, at_bottom = at_top.mul_(weight), at_bottom.mul_(weight)
-    weights = torch.stack([at_top * at_left, at_top * at_right, at_bottom * at_left, at_bottom * at_right], dim=-1)
-    # Row of (image, pixel, head) in value.view(-1, d).
-    options = {"device": x.device, "dtype": torch.int32 if batch * pixels * heads < 2**31 else torch.int64}
-    image, head = torch.arange(batch, **options).view(-1, 1, 1) * pixels, torch.arange(heads, **options).repeat_interleave(points)
-    row = top.mul_(width).add_(left).to(options["dtype"]).add_(image).mul_(heads).add_(head)
-    rows = torch.stack([row, row + heads, row + width * heads, row + (width + 1) * heads], dim=-1)
-    found = F.embedding_bag(rows.view(-1, 4 * points), value.reshape(-1, value.shape[-1]).to(x.dtype), mode="sum",
-                            per_sample_weights=weights.view(-1, 4 * points))
-    return found.view(batch, pixels, -1)
 
 
 class DenoiserLayer(nn.Module):
@@ -279,7 +192,7 @@ class DenoiserLayer(nn.Module):
 
     def __init__(self, channels: int, time_channels: int, ffn_channels: int):
         super().__init__()
-        self.attention, self.norm = DeformableAttention(channels), nn.LayerNorm(channels)
+        self.attention, self.norm = DeformableAttention(channels, heads=min(8, channels // 8)), nn.LayerNorm(channels)
         self.ffn = None
         if ffn_channels:
             self.ffn = nn.Sequential(nn.Linear(channels, ffn_channels), nn.ReLU(), nn.Linear(ffn_channels, channels))
@@ -384,7 +297,7 @@ class DiffMatch(nn.Module):
         return z.split([len(images), perturb]) if perturb else z
 
     def denoise(self, z: Tensor, y_t: Tensor | None, t: Tensor) -> Tensor:
-        return self.denoiser(z, y_t, t).float()
+        return self.denoiser(z, y_t, t).float().contiguous()
 
     def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:
         """The encoder at `lr`, everything else at `lr` x `head_lr_multiplier`."""
@@ -493,56 +406,68 @@ def train(config: Config) -> dict:
 
 
 def diffmatch_loss(network, model: DiffMatch, views: dict, counts: dict, prior: ClassPrior, config: Config):
-    """One part of a batch through Algorithm 1: (loss, terms for the log, class_counts [3, C] of pseudo labels, of those that
-    are learned from, and of the truth where it is known)."""
-    names, size = strong_views(config), views["weak"].shape[2:]
-    images, unlabeled = torch.cat([views["labeled"], views["weak"]]), len(views["weak"])
-    z, *z_perturbed = [network(images)] if config.single_view else network(images, perturb=unlabeled)
-    z_strong = network(torch.cat([views[name] for name in names]))
+    """One part of a batch through Algorithm 1: (loss, terms for the log, `class_counts` [3, C] of pseudo labels, of those that
+    are learned from, and of the truth where it is known; two rows where it is not)."""
+    names, size, unlabeled = strong_views(config), views["weak"].shape[2:], len(views["weak"])
+    images, strong = torch.cat([views["labeled"], views["weak"]]), torch.cat([views[name] for name in names])
+    if config.single_view:  # features dropped in the strong view itself
+        z, z_perturbed = network(images), None
+        _, z_strong = network(strong, perturb=unlabeled)
+    else:
+        z, z_perturbed = network(images, perturb=unlabeled)
+        z_strong = network(strong)
     z_labeled, z_weak = z.split([len(z) - unlabeled, unlabeled])
+    pseudo_label, used = pseudo_labels(model, z_weak, views["valid"], config)
+    neighbour_label, neighbour_used = runtime.roll_global_batch(pseudo_label), runtime.roll_global_batch(used)
 
-    with torch.no_grad():  # Eq. 6: pseudo labels by denoising pure noise
-        noise = torch.randn(unlabeled, model.mask_channels, *z.shape[2:], device=z.device)
-        logits_weak = upsample(sample(model, z_weak, config.pseudo_steps, noise, config.time_difference)[-1], size)
-        confidence, pseudo_label = logits_weak.softmax(dim=1).max(dim=1)
-        used = (confidence >= config.threshold) & views["valid"]
-        pseudo_label = torch.where(views["valid"], pseudo_label, IGNORE)
-        neighbour_label, neighbour_used = runtime.roll_global_batch(pseudo_label), runtime.roll_global_batch(used)
-
-    # Of each view: y_0, the pixels whose cross entropy counts, and what its sum is divided by.
-    rows = [(views["label"].long(), views["label"] != IGNORE, counts["label"])]
-    rows += [(pseudo_label, used, counts["valid"]) for _ in z_perturbed]
-    for name in names:
-        mixed = [augment.cutmix(views[name + "_boxes"], *pair) for pair in ((pseudo_label, neighbour_label), (used, neighbour_used))]
-        rows.append((*mixed, counts[name + "_valid"]))
-    labels, learned, divisors = zip(*rows)
-    sizes, label, learned = [len(part) for part in labels], torch.cat(labels), torch.cat(learned)
+    # For each view: features, y_0, the pixels whose cross entropy counts, class prior, and what the sum is divided by.
+    targets = [(z_labeled, views["label"].long(), views["label"] != IGNORE, prior.labels, counts["label"])]
+    if z_perturbed is not None:
+        targets.append((z_perturbed, pseudo_label, used, prior.pseudo_labels, counts["valid"]))
+    for name, z_view in zip(names, z_strong.chunk(len(names))):
+        mixed_label = augment.cutmix(views[name + "_boxes"], pseudo_label, neighbour_label)
+        mixed_used = augment.cutmix(views[name + "_boxes"], used, neighbour_used)
+        targets.append((z_view, mixed_label, mixed_used, prior.pseudo_labels, counts[name + "_valid"]))
 
     # One pass of the denoiser for all views; each image has a time and noise of its own.
-    z = torch.cat([z_labeled, *z_perturbed, z_strong])
+    z, label = torch.cat([target[0] for target in targets]), torch.cat([target[1] for target in targets])
     t, y_t = torch.zeros(len(z), device=z.device), None
     if not config.discriminative:
         t, y0 = torch.rand_like(t), model.encode(downsample(label, z.shape[2:]))
         y_t = add_noise(y0, t, torch.randn_like(y0))
-    logits = upsample(network(denoise=(z, y_t, t)), size)
+    sizes = [len(target[0]) for target in targets]
+    predictions = zip(targets, upsample(network(denoise=(z, y_t, t)), size).split(sizes), t.split(sizes))
 
-    cross_entropy = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none") * learned
-    priors = [prior.labels] + [prior.pseudo_labels] * (len(rows) - 1)
-    penalty = [debias_penalty(part, p, time, config.tau) for part, p, time in zip(logits.split(sizes), priors, t.split(sizes))]
-    penalty = torch.cat(penalty) * (label != IGNORE)
-    loss_sup, *losses = [part.sum() / divisor for part, divisor in zip((cross_entropy + penalty).split(sizes), divisors)]  # Eq. 10
-    loss_unsup = losses[0] if config.single_view else 0.5 * losses[0] + 0.5 * (losses[1] + losses[2]) / 2  # Eq. 11
+    losses, penalties = [], []
+    for (_, label, learned, class_prior, pixels), logits, time in predictions:
+        losses.append((F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none") * learned).sum() / pixels)
+        if config.tau and not config.discriminative:
+            penalties.append((debias_penalty(logits, class_prior, time, config.tau) * (label != IGNORE)).sum() / pixels)
+            losses[-1] = losses[-1] + penalties[-1]
+    loss_sup = losses[0]  # Eq. 10
+    loss_unsup = losses[1] if config.single_view else 0.5 * losses[1] + 0.5 * (losses[2] + losses[3]) / 2  # Eq. 11
     loss = 0.5 * (loss_sup + loss_unsup)
 
-    terms = {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup, "used": used.sum() / counts["valid"],
-             "penalty": penalty[: sizes[0]].sum() / counts["label"]}
-    pixels = [class_counts(pseudo_label, logits.shape[1]), class_counts(torch.where(used, pseudo_label, IGNORE), logits.shape[1])]
+    terms = {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup, "used": used.sum() / counts["valid"]}
+    if penalties:
+        terms["penalty_sup"] = penalties[0]
+    num_classes = logits.shape[1]
+    pixels = [class_counts(pseudo_label, num_classes), class_counts(torch.where(used, pseudo_label, IGNORE), num_classes)]
     if "truth" in views:  # for the log only
         truth = views["truth"].long()
         known = used & (truth != IGNORE)
         terms |= {"used_known": known.sum(), "used_right": (known & (pseudo_label == truth)).sum()}
-        pixels.append(class_counts(truth, logits.shape[1]))
+        pixels.append(class_counts(truth, num_classes))
     return loss, terms, torch.stack(pixels)
+
+
+@torch.no_grad()
+def pseudo_labels(model: DiffMatch, z_weak: Tensor, valid: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Eq. 6, by denoising pure noise: (label int64 [B, H, W], 255 outside of `valid`; bool, those at or above the threshold)."""
+    noise = torch.randn(len(z_weak), model.mask_channels, *z_weak.shape[2:], device=z_weak.device)
+    logits = upsample(sample(model, z_weak, config.pseudo_steps, noise, config.time_difference)[-1], valid.shape[1:])
+    confidence, label = logits.softmax(dim=1).max(dim=1)
+    return torch.where(valid, label, IGNORE), (confidence >= config.threshold) & valid
 
 
 def class_counts(label: Tensor, num_classes: int) -> Tensor:
@@ -592,17 +517,20 @@ def validate(run: Run, data, samples, labeled_pixels: Tensor) -> dict:
 
 
 def finish(run: Run, data, labeled_pixels: Tensor) -> None:
-    """What a finished run leaves: samples, Figure 10, Figures 4 and 5 if the unlabeled images' truth is known, Figures 1 and 8."""
-    predict = predictor(run.evaluated_model, run.config)
+    """What a finished run leaves: samples and Figure 10; Figures 4 and 5 where the unlabeled images' truth is known; with
+    matplotlib, Figures 1 and 8."""
+    predict, draw = predictor(run.evaluated_model, run.config), find_spec("matplotlib") is not None
     run.write_samples(predict, data)
     if run.context.is_main:
         write_trajectory(predict, data, run.context.device, run.folder / "trajectory.png")
-        plot_pseudo_labels(run.folder, data.info.classes, labeled_pixels)
+        if draw:
+            lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+            plot_class_shares(lines, data.info.classes, labeled_pixels, run.folder / "pseudo_labels.png")
     if data.unlabeled[0].mask is not None:
         results = validate(run, data, data.unlabeled, labeled_pixels)
         if run.context.is_main:
             write_json(run.folder / "unlabeled.json", results)
-            if find_spec("matplotlib"):
+            if draw:
                 plot_calibration(results, data.info.classes, run.folder / "unlabeled.png")
 
 
@@ -618,19 +546,17 @@ class Predictor:
 
     def __init__(self, model: DiffMatch, config: Config):
         self.model, self.config = model.eval(), config
-        self.noise = functools.lru_cache(maxsize=8)(self.draw_noise)  # a data set has few sizes that are frequent
 
-    def draw_noise(self, height: int, width: int) -> Tensor:
-        """One image's, for every image of this size: a score depends neither on the order of images nor on the batch or device."""
-        generator = torch.Generator().manual_seed(self.config.noise_seed)
-        device = next(self.model.parameters()).device
-        noise = torch.randn(1, self.model.mask_channels, height, width, generator=generator)
-        return noise.to(device, memory_format=torch.channels_last)
+    def noise(self, z: Tensor) -> Tensor:
+        """One image's, for every image of this size: a score depends neither on the order of the images nor on the batch."""
+        generator = torch.Generator(z.device).manual_seed(self.config.noise_seed)
+        noise = torch.randn(1, self.model.mask_channels, *z.shape[2:], generator=generator, device=z.device)
+        return noise.contiguous(memory_format=torch.channels_last)
 
     def trajectory(self, images: Tensor) -> list[Tensor]:
         """The logits [B, C, h, w] after each step."""
         z = self.model(images)
-        return sample(self.model, z, self.config.steps, self.noise(*z.shape[2:]), self.config.time_difference)
+        return sample(self.model, z, self.config.steps, self.noise(z), self.config.time_difference)
 
     def __call__(self, images: Tensor, step: int = -1) -> Tensor:
         return upsample(self.trajectory(images)[step], images.shape[2:])
@@ -672,36 +598,6 @@ def trajectory(config: Config) -> None:
         path = Path(config.output or Path(config.trajectory).parent) / "trajectory.png"
         write_trajectory(predict, data, context.device, path)
         print(path)
-
-
-def plot_pseudo_labels(folder: Path, classes, labeled_pixels: Tensor) -> None:
-    """pseudo_labels.png from metrics.jsonl, the paper's Figures 1 and 8; nothing if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if f"pseudo {classes[0]}" in line]
-    if not lines:
-        return
-    kinds = {"true": "tab:gray", "pseudo": "tab:blue", "used": "tab:orange"}
-    kinds = {kind: colour for kind, colour in kinds.items() if f"{kind} {classes[0]}" in lines[0]}
-    head, tail = head_and_tail(labeled_pixels, k=1)
-    order = labeled_pixels.argsort(descending=True).tolist()
-    figure = Figure(figsize=(14, 3.6), layout="constrained")
-    bars, *curves = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    last = lines[-max(1, len(lines) // 10) :]
-    for place, (kind, colour) in enumerate(kinds.items()):
-        heights = [100 * sum(line[f"{kind} {classes[index]}"] for line in last) / len(last) for index in order]
-        bars.bar([x + (place - 1) * 0.27 for x in range(len(order))], heights, 0.27, color=colour, label=LEGEND[kind])
-    bars.set_xticks(range(len(order)), [classes[index] for index in order], rotation=60, ha="right")
-    bars.set(yscale="log", ylabel="% of the pixels", title="last tenth of the training")
-    bars.legend()
-    for axes, index in zip(curves, (*head, *tail)):
-        for kind, colour in kinds.items():
-            axes.plot([line["iteration"] for line in lines], [100 * line[f"{kind} {classes[index]}"] for line in lines], color=colour)
-        axes.set(xlabel="iteration", title=classes[index], ylim=(0, None))
-    write_atomically(folder / "pseudo_labels.png", lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def main() -> None:

@@ -69,5 +69,10 @@ train pos_meo           pos_meo.py
 train v2_uniform        pos_meo.py --baseline unimatch_v2 --strategy uniform
 train v2_pos_meo        pos_meo.py --baseline unimatch_v2
 
+train diffmatch_discriminative diffmatch.py --discriminative
+train diffmatch_no_adjustment  diffmatch.py --tau 0
+train diffmatch                diffmatch.py
+train diffmatch_no_threshold   diffmatch.py --threshold 0
+
 "$python" -m common.results "$runs"
 echo "pictures: $runs/*/seed*/samples.png"

@@ -141,6 +141,35 @@ def plot_calibration(results: dict, classes: Sequence[str], path: str | Path) ->
     write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=120, bbox_inches="tight"))
 
 
+SHARES = {"true": ("real", "tab:gray"), "pseudo": ("pseudo labels", "tab:blue"), "used": ("those learned from", "tab:orange")}
+
+
+def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], labeled_pixels, path: str | Path) -> None:
+    """Write a PNG of the classes' shares among real and pseudo labels: how far rare classes are from getting theirs.
+
+    `lines` of metrics.jsonl hold "true <class>" (where it is known), "pseudo <class>" and "used <class>", of all pixels, each
+    in 0..1; others are skipped. Left, all classes in the last tenth of the training, by `labeled_pixels` [C]; right, the class
+    with most and with fewest of them over training. Raises UserError if matplotlib is missing.
+    """
+    lines = [line for line in lines if f"pseudo {classes[0]}" in line]
+    kinds = {kind: style for kind, style in SHARES.items() if f"{kind} {classes[0]}" in lines[0]}
+    order = np.argsort(-np.asarray(labeled_pixels), kind="stable").tolist()
+    figure = figure_class()(figsize=(10 + 0.25 * len(classes), 3.6), layout="constrained")
+    bars, *curves = figure.subplots(1, 3, width_ratios=(1 + 0.1 * len(classes), 1, 1))
+    last = lines[-max(1, len(lines) // 10) :]
+    for place, (kind, (name, color)) in enumerate(kinds.items()):
+        heights = [100 * sum(line[f"{kind} {classes[index]}"] for line in last) / len(last) for index in order]
+        bars.bar(np.arange(len(order)) + (place - 1) * 0.27, heights, 0.27, color=color, label=name)
+    bars.set_xticks(range(len(order)), [classes[index] for index in order], rotation=60, ha="right")
+    bars.set(yscale="log", ylabel="% of the pixels", title="last tenth of the training")
+    bars.legend()
+    for axes, index in zip(curves, (order[0], order[-1])):
+        for kind, (name, color) in kinds.items():
+            axes.plot([line["iteration"] for line in lines], [100 * line[f"{kind} {classes[index]}"] for line in lines], color=color)
+        axes.set(xlabel="iteration", title=classes[index], ylim=(0, None))
+    write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
 def save_indexed_png(label, palette: Palette, path: str | Path) -> None:
     """Write a label map as a palette PNG: viewers show the colours, readers get the class numbers."""
     picture = Image.fromarray(np.ascontiguousarray(label, np.uint8))
