@@ -18,13 +18,14 @@ predicted back. A debiased adjustment pulls every prediction towards what it wou
                       paper                          here (the authors released no code)             flag
     schedule          Algorithm 2's code returns     alpha_bar itself, the sigmoid of it
                       the log SNR
-    DDIM step         noise scaled by 1 - a_now, y_0 by 1 - a_next, and y_0 encoded; at t_next = 0
-                      not encoded                    exactly y_0
+    denoiser's input  mask_enc twice (Algorithm 2)   y_t and the image's features, as in Algorithm 3
+    DDIM step         noise scaled by 1 - a_now,     by 1 - a_next, y_0 encoded; at t_next = 0 exactly y_0
+                      y_0 not encoded
     td                1 (Algorithm 3)                1                                               --time-difference
-    labels as numbers embedding (Algorithm 2), bits  embedding                                       --encoding bits
-                      (Section 3.4)
-    y_0 at stride 4   not said                       the nearest label; ignored pixels are a class
-                                                     of their own in y_0 and count nowhere else
+    labels as numbers embedding (Algorithm 2), bits  embedding; with bits, too, f predicts classes   --encoding bits
+                      (Section 3.4)                  and no bit is thresholded
+    z, y_t            H x W (Section 3.2.1), H/4 x   H/4 x W/4, y_0 the nearest label; ignored pixels
+                      W/4 (Algorithm 3)              are a class of their own, unconfident ones are not
     concat(y_t, z)    1x1 convolution                its half for y_t starts at zero
     scale of y_t      as it is                       as it is                                        --normalize-mask
     a layer of f      deformable attention           attention, layer norm, scale and shift by t;    --ffn-channels
@@ -36,18 +37,21 @@ predicted back. A debiased adjustment pulls every prediction towards what it wou
     strong views      one, features dropped in it    UniMatch's: two, and perturbed features         --single-view
     CutMix            not mentioned                  as UniMatch                                     --no-cutmix
     t, noise          of each image                  of each view of each image
-    Eq. 9             f - f / (C p)                  on probabilities; f / (C p) sums to one and is
-                                                     a constant for the gradient
-    its pixels        not said                       all but ignored ones, confident or not          --tau
-    p of pseudo labels  EMA                          momentum 0.99, over all pseudo labels of a step --prior-momentum
+    Eq. 9             f - f / (C p(y_0))             on probabilities, each class over its own p; f / (C p) is scaled
+                                                     to sum to one and a constant for the gradient   --tau
+    its pixels        not said                       all but ignored ones, confident or not
+    p of pseudo       EMA                            momentum 0.99, over all pseudo labels of a step --prior-momentum
+    rare classes      not said                       p at least 1e-4; 1/C for a class without labels
     total loss        L_sup + L_unsup                half of it, as UniMatch                         --lr
     optimizer         not said                       the baseline's SGD; f learns like the head      --head-lr-multiplier
     noise at test     not said                       of a fixed seed, the same for every image       --noise-seed
     PASCAL crop       513                            321 (513 overfits with few labels)              --crop
+    Cityscapes, COCO  Tables 3 and 4                 not yet: no recipe in common/data.py
 
 Commands
     python diffmatch.py                                                    embedded data, some minutes on a laptop
     python diffmatch.py --dataset pascal --data-root VOC2012 --labeled 92  one GPU
+    python diffmatch.py --dataset pascal --data-root VOC2012 --labeled 92 --crop 513 --grad-accum 4        less memory
     torchrun --nproc_per_node=8 diffmatch.py --dataset pascal --data-root VOC2012 --labeled 92 --crop 513
     python -m common.evaluate --checkpoint runs/a/latest.pt --steps 1      Table 5
     python diffmatch.py --trajectory runs/a/latest.pt --steps 5            Figure 10, and the scores after each step

@@ -1,10 +1,12 @@
 """Running the programs as users do, for the tests that need it."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,23 @@ def succeed(*arguments, torchrun: int = 0) -> str:
     done = run(*arguments, torchrun=torchrun)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_as_program(script: str, monkeypatch, capfd, *arguments) -> tuple[int, str, str]:
+    """The script as `python SCRIPT` runs it, but in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return (caught.value.code or 0, *capfd.readouterr())
+
+
+def refuse(script: str, monkeypatch, capfd, *arguments) -> str:
+    """The one line with which the script refuses these arguments."""
+    status, _, err = run_as_program(script, monkeypatch, capfd, *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
 
 
 def state(folder: Path) -> dict:

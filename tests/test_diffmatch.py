@@ -1,6 +1,7 @@
 """diffmatch.py against other ways to the same numbers: closed forms in numpy, plain loops, Monte Carlo, finite differences."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import daw
 import diffmatch
 from common import augment, evaluate, predict, runtime, synthetic
 from common.files import FORMAT
+import programs
 from programs import ROOT, assert_identical, start, state, succeed
 
 IGNORE = 255
@@ -556,7 +558,7 @@ def test_loss_equals_plain_loops(options, stride, monkeypatch):
     assert terms["loss_unsup"].item() == pytest.approx(loss_unsup, rel=1e-5)
     assert loss.item() == terms["loss"].item() == pytest.approx((sums[0] + loss_unsup) / 2, rel=1e-5)
     assert ("penalty_sup" in terms) is bool(penalties[0] > 0)
-    assert float(terms.get("penalty_sup", 0)) == pytest.approx(penalties[0] / divisors[0].item(), rel=1e-5, abs=1e-9)
+    assert float(torch.as_tensor(terms.get("penalty_sup", 0)).detach()) == pytest.approx(penalties[0] / divisors[0].item(), rel=1e-5, abs=1e-9)
 
     truth = views["truth"].long()
     assert terms["used"].item() == pytest.approx(used.sum().item() / views["valid"].sum().item())
@@ -749,20 +751,8 @@ QUICK = ["--batch-size", "2", "--iterations", "6", "--eval-every", "6", "--save-
 PARTS = ("model", "optimizer", "prior", "rng", "iteration")
 
 
-def run_as_program(monkeypatch, capfd, *arguments) -> tuple[int, str, str]:
-    """diffmatch.py as `python diffmatch.py` runs it, but in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["diffmatch.py", *map(str, arguments)])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "diffmatch.py"), run_name="__main__")
-    return (caught.value.code or 0, *capfd.readouterr())
-
-
-def refuse(monkeypatch, capfd, *arguments) -> str:
-    status, _, err = run_as_program(monkeypatch, capfd, *arguments)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
+run_as_program = functools.partial(programs.run_as_program, "diffmatch.py")
+refuse = functools.partial(programs.refuse, "diffmatch.py")
 
 
 def evaluate_as_program(monkeypatch, root, checkpoint, output, *options) -> dict:

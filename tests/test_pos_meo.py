@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import pos_meo
 from common import augment, evaluate, landscape, predict, runtime, synthetic
 from common.files import FORMAT
 from pos_meo import STATISTICS, SUP, UNSUP
+import programs
 from programs import ROOT, assert_identical, start, state, succeed
 
 ALONE = runtime.Context(0, 1, torch.device("cpu"))
@@ -889,20 +891,8 @@ QUICK = ["--batch-size", "2", "--iterations", "8", "--eval-every", "8", "--save-
 SECOND = ["--baseline", "unimatch_v2"]
 
 
-def run_as_program(monkeypatch, capfd, *arguments) -> tuple[int, str, str]:
-    """pos_meo.py as `python pos_meo.py` runs it, but in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["pos_meo.py", *map(str, arguments)])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(ROOT / "pos_meo.py"), run_name="__main__")
-    return (caught.value.code or 0, *capfd.readouterr())
-
-
-def refuse(monkeypatch, capfd, *arguments) -> str:
-    status, _, err = run_as_program(monkeypatch, capfd, *arguments)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
+run_as_program = functools.partial(programs.run_as_program, "pos_meo.py")
+refuse = functools.partial(programs.refuse, "pos_meo.py")
 
 
 @pytest.fixture(scope="module")
