@@ -207,8 +207,8 @@ class DeepLabV3Plus(nn.Module):
         # float32 before the upsampling: in bf16 it would move confidences across a threshold
         logits = self.classifier(self.features(images, perturb)).float()
         # Enlarged apart, so that a loss of the clean logits alone does not go through the perturbed ones'.
-        clean_and_perturbed = [F.interpolate(part, size=images.shape[2:], mode="bilinear", align_corners=True)
-                               for part in logits.split([len(images)] + [perturb] * (perturb > 0))]
+        sizes = [len(images), perturb] if perturb else [len(images)]
+        clean_and_perturbed = [F.interpolate(part, size=images.shape[2:], mode="bilinear", align_corners=True) for part in logits.split(sizes)]
         return tuple(clean_and_perturbed) if perturb else clean_and_perturbed[0]
 
     def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:

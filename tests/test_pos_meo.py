@@ -868,7 +868,7 @@ def test_two_ranks_take_the_step_of_one_process(shapes, tmp_path, monkeypatch):
     for name in one:
         alone, ranks = one[name], (first[name], second[name])
         assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])  # bit for bit
-        torch.testing.assert_close(ranks[0]["parameters"], alone["parameters"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(ranks[0]["parameters"], alone["parameters"], rtol=0, atol=5e-6)
         for rank in ranks:
             assert rank["type"] == "DPT"  # no data-parallel wrapper, whose hooks would reduce too
             assert rank["large"] == 2 * [[alone["size"] * (1 if name == "uniform" else 2)]]  # one collective a step, for both gradients

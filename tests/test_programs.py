@@ -137,11 +137,12 @@ def test_variants_run(options, shapes, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["last"]["iteration"] == 3
 
 
-def test_pascal_layout_trains_on_a_resnet(voc_root, tmp_path):
+@pytest.mark.parametrize("script", ["daw.py", "diffmatch.py"])
+def test_pascal_layout_trains_on_a_resnet(script, voc_root, tmp_path):
     sets = voc_root / "ImageSets" / "Segmentation"
     names = (sets / "train.txt").read_text().split()
     (tmp_path / "labeled.txt").write_text("\n".join(names[:2]))
-    succeed("daw.py", "--dataset", "pascal", "--data-root", voc_root, "--labeled-list", tmp_path / "labeled.txt", "--unlabeled-list",
+    succeed(script, "--dataset", "pascal", "--data-root", voc_root, "--labeled-list", tmp_path / "labeled.txt", "--unlabeled-list",
             sets / "train.txt", "--backbone", "resnet50", "--weights", "none", "--crop", "33", "--batch-size", "2", "--iterations", "1",
             "--num-workers", "1", "--output", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["last"]["images"] == len((sets / "val.txt").read_text().split())
