@@ -874,7 +874,7 @@ def test_two_ranks_take_the_step_of_one_process(shapes, tmp_path, monkeypatch):
             assert rank["large"] == 2 * [[alone["size"] * (1 if name == "uniform" else 2)]]  # one collective a step, for both gradients
             assert len(rank["statistics"]) == (0 if name == "uniform" else 2)
             for ours, expected in zip(rank["statistics"], alone["statistics"]):
-                torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-5)
+                torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
         for key in ("loss_sup", "loss_unsup", "used"):  # what is logged is a mean over ranks
             means = [(a + b) / 2 for a, b in zip(ranks[0][key], ranks[1][key])]
             assert means == pytest.approx(alone[key], rel=1e-5) and abs(ranks[0][key][0] - ranks[1][key][0]) > 1e-3
