@@ -70,7 +70,7 @@ def bilinear_sum_by_grid_sample(value: Tensor, x: Tensor, y: Tensor, weight: Ten
 
 
 def bilinear_sum_by_rows(value: Tensor, x: Tensor, y: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
-    """`bilinear_sum` through embedding_bag, which reads the four neighbours of a point as rows: five times as fast as
+    """`bilinear_sum` through embedding_bag, which reads the four neighbours of a point as rows: several times as fast as
     grid_sample on a CPU, but slow backwards."""
     batch, pixels, heads, points = x.shape
     x, y, weight = (part.flatten(2) for part in (x, y, weight))
