@@ -66,11 +66,11 @@ from torch import Tensor, nn
 from common import augment, runtime
 from common.data import IGNORE, load_data
 from common.deeplab import DeepLabV3Plus
-from common.evaluate import evaluate
 from common.files import write_atomically
-from common.loading import class_pixels, evaluation_loader, training_loader
+from common.loading import class_pixels, training_loader
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.run import Run
+from common.runtime import pixel_counts
 
 WEIGHTINGS = ("none", "fixed", "power", "daw")
 MIN_PIXELS = 10  # fewer right (or wrong) pixels than this in a batch say nothing about their distribution
@@ -258,18 +258,6 @@ def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float
     return views
 
 
-def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
-
-    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
-    """
-    names = [name for name in ("valid", "strong_1_valid", "strong_2_valid") if name in parts[0]]
-    counts = [sum((part["label"] != IGNORE).sum() for part in parts)]
-    counts += [sum(part[name].sum() for part in parts) for name in names]
-    counts = runtime.all_reduce_sum(torch.stack(counts).float())
-    return dict(zip(["label"] + names, (counts / runtime.world_size()).clamp(min=1).unbind()))
-
-
 def train(config: Config) -> dict:
     """Train, evaluate and save as `config` says; returns the last evaluation."""
     context = runtime.start(config.device)
@@ -325,7 +313,8 @@ def train(config: Config) -> dict:
 
         run.log(iteration, logged, slow=None if config.supervised else lambda means: report(statistics, means, config))
         if run.should_evaluate(iteration):
-            run.note_results(iteration, validate(run, data, labeled_pixels))
+            predict = predictor(run.evaluated_model, config)
+            run.note_results(iteration, run.evaluate(predict, data, getattr(data, config.eval_split), labeled_pixels))
         run.end_of_step(iteration)
 
     run.write_samples(predictor(run.evaluated_model, config), data)
@@ -385,15 +374,6 @@ def report(statistics: Statistics, means: dict[str, float], config: Config) -> d
     if means.get("used_known"):
         line["used_accuracy"] = means["used_right"] / means["used_known"]
     return {name: round(value, 5) for name, value in line.items()}
-
-
-def validate(run: Run, data, labeled_pixels: Tensor) -> dict:
-    """Metrics on the validation list; leaves the network in training mode."""
-    model, config, context = run.state["model"], run.config, run.context
-    loader = evaluation_loader(getattr(data, config.eval_split), data, context, config.num_workers)
-    results = evaluate(predictor(run.evaluated_model, config), loader, data.info, context, labeled_pixels)
-    model.train()
-    return results
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:

@@ -83,10 +83,11 @@ from common.deeplab import DeepLabV3Plus
 from common.deformable import DeformableAttention
 from common.evaluate import evaluate, load_model
 from common.files import write_json
-from common.loading import EvaluationSet, class_pixels, evaluation_loader, training_loader
+from common.loading import class_pixels, evaluation_loader, training_loader
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
-from common.pictures import plot_calibration, plot_class_shares, sample_grid
-from common.run import Run
+from common.pictures import plot_calibration, plot_class_shares
+from common.run import Run, write_sample_grid
+from common.runtime import pixel_counts
 
 LEAST_PRIOR = 1e-4  # no class that has labels is taken for rarer than this
 
@@ -347,17 +348,6 @@ def strong_views(config: Config) -> tuple[str, ...]:
     return ("strong_1",) if config.single_view else ("strong_1", "strong_2")
 
 
-def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
-
-    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
-    """
-    names = [name for name in parts[0] if name.endswith("valid")]
-    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
-    counts = runtime.all_reduce_sum(torch.stack(counts).float())
-    return dict(zip(["label", *names], (counts / runtime.world_size()).clamp(min=1).unbind()))
-
-
 def train(config: Config) -> dict:
     """Train, evaluate and save as `config` says; returns the last evaluation."""
     context = runtime.start(config.device)
@@ -405,7 +395,8 @@ def train(config: Config) -> dict:
 
         run.log(iteration, logged, slow=lambda means: report(means, prior, data.info.classes))
         if run.should_evaluate(iteration):
-            run.note_results(iteration, validate(run, data, getattr(data, config.eval_split), labeled_pixels))
+            predict = predictor(run.evaluated_model, config)
+            run.note_results(iteration, run.evaluate(predict, data, getattr(data, config.eval_split), labeled_pixels))
         run.end_of_step(iteration)
 
     finish(run, data, labeled_pixels)
@@ -514,15 +505,6 @@ def report(means: dict[str, float], prior: ClassPrior, classes) -> dict[str, flo
     return line
 
 
-def validate(run: Run, data, samples, labeled_pixels: Tensor) -> dict:
-    """Metrics on a list of samples; leaves the network in training mode."""
-    model, config, context = run.state["model"], run.config, run.context
-    loader = evaluation_loader(samples, data, context, config.num_workers)
-    results = evaluate(predictor(run.evaluated_model, config), loader, data.info, context, labeled_pixels)
-    model.train()
-    return results
-
-
 def finish(run: Run, data, labeled_pixels: Tensor) -> None:
     """What a finished run leaves: samples and Figure 10; Figures 4 and 5 where the unlabeled images' truth is known; with
     matplotlib, Figures 1 and 8."""
@@ -534,7 +516,7 @@ def finish(run: Run, data, labeled_pixels: Tensor) -> None:
             lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
             plot_class_shares(lines, data.info.classes, labeled_pixels, run.folder / "pseudo_labels.png")
     if data.unlabeled[0].mask is not None:
-        results = validate(run, data, data.unlabeled, labeled_pixels)
+        results = run.evaluate(predict, data, data.unlabeled, labeled_pixels)
         if run.context.is_main:
             write_json(run.folder / "unlabeled.json", results)
             if draw:
@@ -573,16 +555,15 @@ def predictor(model: DiffMatch, config: Config) -> Predictor:
     return Predictor(model, config)
 
 
-@torch.inference_mode()
-def write_trajectory(predict: Predictor, data, device, path: Path, count: int = 6) -> None:
+def write_trajectory(predict: Predictor, data, device, path: Path) -> None:
     """Figure 10: image | label | prediction after each step, of the first validation images."""
-    rows = []
-    for item in EvaluationSet(data.val[:count], data.root, data.info.num_classes):
-        images = augment.normalize(item["image"][None].to(device))
-        steps = [upsample(logits, images.shape[2:])[0].argmax(dim=0).byte().cpu().numpy() for logits in predict.trajectory(images)]
-        rows.append((item["image"].numpy(), item["label"].numpy(), *steps))
-    captions = ("image", "label", *(f"step {step + 1}" for step in range(len(rows[0]) - 2)))
-    sample_grid(rows, data.info.classes, data.info.palette, path, captions)
+    steps = 1 if predict.config.discriminative else predict.config.steps
+    captions = ("image", "label", *(f"step {step + 1}" for step in range(steps)))
+
+    def label_maps(images: Tensor) -> list[Tensor]:
+        return [upsample(logits, images.shape[2:])[0].argmax(dim=0) for logits in predict.trajectory(images)]
+
+    write_sample_grid(label_maps, captions, data, device, path)
 
 
 def trajectory(config: Config) -> None:

@@ -75,6 +75,7 @@ from common.landscape import save, scan, table
 from common.loading import class_pixels, evaluation_loader, training_loader
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.run import Run
+from common.runtime import pixel_counts
 
 BASELINES = ("unimatch_v1", "unimatch_v2")
 STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
@@ -309,17 +310,6 @@ def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float
     return views
 
 
-def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
-
-    With them, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
-    """
-    names = ("valid", "strong_1_valid", "strong_2_valid")
-    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
-    counts = runtime.all_reduce_sum(torch.stack(counts).float())
-    return dict(zip(("label", *names), (counts / runtime.world_size()).clamp(min=1).unbind()))
-
-
 def resolve(config: Config, context):
     """Replace what `config` leaves open by the baseline's and the data set's recipe; returns the data. Raises UserError."""
     data = load_data(config, context)
@@ -377,7 +367,8 @@ def train(config: Config) -> dict:
 
         run.log(iteration, logged, slow=lambda means: report(history, iteration, means, config))
         if run.should_evaluate(iteration):
-            run.note_results(iteration, validate(run, data, labeled_pixels))
+            predict = predictor(run.evaluated_model, config)
+            run.note_results(iteration, run.evaluate(predict, data, getattr(data, config.eval_split), labeled_pixels))
         run.end_of_step(iteration)
 
     run.write_samples(predictor(run.evaluated_model, config), data)
@@ -431,15 +422,6 @@ def report(history: nn.Module, iteration: int, means: dict[str, float], config: 
     if means.get("used_known"):
         line["used_accuracy"] = round(means["used_right"] / means["used_known"], 5)
     return line
-
-
-def validate(run: Run, data, labeled_pixels: Tensor) -> dict:
-    """Metrics on the validation list; leaves the network in training mode."""
-    model, config, context = run.state["model"], run.config, run.context
-    loader = evaluation_loader(getattr(data, config.eval_split), data, context, config.num_workers)
-    results = evaluate(predictor(run.evaluated_model, config), loader, data.info, context, labeled_pixels)
-    model.train()
-    return results
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import runtime
 from common.data import DATASETS, Data, Sample
@@ -219,10 +220,16 @@ def sampling(backbone: str, crop: int, batch: int, rounds: int, device: str | No
             predict = diffmatch.predictor(model, dataclasses.replace(config, steps=steps))
             candidates[f"{steps} steps"] = functools.partial(predict, images)
         seconds = median_seconds(candidates, rounds, device)
+        operations = {}
+        for name in ("extractor", "denoiser"):
+            with FlopCounterMode(display=False) as counter:
+                candidates[name]()
+            operations[name] = counter.get_total_flops()
     print(f"{backbone}, one image of {crop}x{crop}, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     print(diffmatch.parameter_report(model))
     print(f"feature extractor {1000 * seconds['extractor']:.0f} ms, one denoising call {1000 * seconds['denoiser']:.0f} ms: "
-          f"{100 * seconds['denoiser'] / seconds['extractor']:.0f} % of it")
+          f"{100 * seconds['denoiser'] / seconds['extractor']:.0f} % of it, with {100 * operations['denoiser'] / operations['extractor']:.1f} % "
+          f"of its multiplications")
     print("   ".join(f"{name} {1 / seconds[name]:.2f}/s" for name in candidates if name not in ("extractor", "denoiser")))
 
 

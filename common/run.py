@@ -20,9 +20,9 @@ from torch import nn
 
 from common import runtime
 from common.augment import normalize
-from common.evaluate import class_probabilities
+from common.evaluate import class_probabilities, evaluate
 from common.files import FORMAT, read_checkpoint, write_atomically, write_json
-from common.loading import EvaluationSet
+from common.loading import EvaluationSet, evaluation_loader
 from common.options import RESUMABLE
 from common.pictures import sample_grid
 from common.runtime import Context, UserError
@@ -150,6 +150,13 @@ class Run:
         for model in {id(model): model for model in (self.state["model"], self.evaluated_model)}.values():
             runtime.average_buffers(model)
 
+    def evaluate(self, predict, data, samples, labeled_pixels: torch.Tensor) -> dict:
+        """`common.evaluate.evaluate` of `predict` on a list of samples; leaves the network in training mode."""
+        loader = evaluation_loader(samples, data, self.context, self.config.num_workers)
+        results = evaluate(predict, loader, data.info, self.context, labeled_pixels)
+        self.state["model"].train()
+        return results
+
     def note_results(self, iteration: int, results: dict) -> None:
         """Keep an evaluation: log it, write results.json, and best.pt if it is the best so far."""
         self.evaluating += time.monotonic() - self.evaluation_started
@@ -215,17 +222,11 @@ class Run:
         if self.context.is_main:
             print(f"\r\033[K{text}" if sys.stdout.isatty() else text, flush=True)
 
-    @torch.inference_mode()
-    def write_samples(self, predict, data, count: int = 6) -> None:
+    def write_samples(self, predict, data) -> None:
         """samples.png: the first images of the validation list beside label and prediction."""
-        if not self.context.is_main:
-            return
-        rows = []
-        for item in EvaluationSet(data.val[:count], data.root, data.info.num_classes):
-            images = normalize(item["image"][None].to(self.context.device))
-            prediction = class_probabilities(predict, images, data.info).argmax(dim=1)[0]
-            rows.append((item["image"].numpy(), item["label"].numpy(), prediction.byte().cpu().numpy()))
-        sample_grid(rows, data.info.classes, data.info.palette, self.folder / "samples.png")
+        if self.context.is_main:
+            write_sample_grid(lambda images: [class_probabilities(predict, images, data.info).argmax(dim=1)[0]],
+                              ("image", "label", "prediction"), data, self.context.device, self.folder / "samples.png")
 
     def write_line(self, line: dict) -> None:
         if not self.context.is_main:
@@ -249,6 +250,16 @@ class Run:
             print(f"\r\033[K{text}", end="", flush=True)
         elif line["iteration"] % (5 * self.config.log_every) == 0:
             print(text, flush=True)
+
+
+@torch.inference_mode()
+def write_sample_grid(label_maps, captions, data, device: torch.device, path: Path, count: int = 6) -> None:
+    """A picture of the first validation images: image | label | `label_maps`(normalised image [1, 3, H, W]), a list of [H, W]."""
+    rows = []
+    for item in EvaluationSet(data.val[:count], data.root, data.info.num_classes):
+        images = normalize(item["image"][None].to(device))
+        rows.append((item["image"].numpy(), item["label"].numpy(), *(label_map.byte().cpu().numpy() for label_map in label_maps(images))))
+    sample_grid(rows, data.info.classes, data.info.palette, path, captions)
 
 
 def is_line_until(line: str, iteration: int) -> bool:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.augment import IGNORE
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
@@ -116,6 +118,18 @@ def roll_global_batch(batch: Tensor) -> Tensor:
         dist.all_gather(last, batch[-1].contiguous())
         rolled[0] = last[dist.get_rank() - 1]
     return rolled
+
+
+def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
+
+    `parts` of the batch hold "label" [B, H, W] and masks of views, bool [B, H, W], whose names end with "valid". With
+    these counts, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
+    """
+    names = [name for name in parts[0] if name.endswith("valid")]
+    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
+    counts = all_reduce_sum(torch.stack(counts).float())
+    return dict(zip(["label", *names], (counts / world_size()).clamp(min=1).unbind()))
 
 
 # ---------------------------------------------------------------- seeds and precision

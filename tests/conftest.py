@@ -24,6 +24,21 @@ def keep_signal_handlers():
 
 
 @pytest.fixture
+def drawn(monkeypatch):
+    """The matplotlib figures made in the test."""
+    figure = pytest.importorskip("matplotlib.figure", reason="draws figures only where matplotlib is installed")
+    figures = []
+
+    class Kept(figure.Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            figures.append(self)
+
+    monkeypatch.setattr(figure, "Figure", Kept)
+    return figures
+
+
+@pytest.fixture
 def voc_root(tmp_path) -> Path:
     """A PASCAL VOC of 9 training and 5 validation pictures in the real layout and file formats, sizes odd and different.
 

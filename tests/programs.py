@@ -2,8 +2,10 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,17 @@ def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def kill_after_first_checkpoint(folder: Path, *command) -> dict:
+    """Start the program, kill -9 its process group once `folder` holds latest.pt; returns that checkpoint."""
+    process = start(*command, start_new_session=True)
+    while not (folder / "latest.pt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return state(folder)
 
 
 def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:

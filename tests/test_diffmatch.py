@@ -8,7 +8,6 @@ import os
 import runpy
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import diffmatch
 from common import augment, evaluate, predict, runtime, synthetic
 from common.files import FORMAT
 import programs
-from programs import ROOT, assert_identical, start, state, succeed
+from programs import ROOT, assert_identical, kill_after_first_checkpoint, state, succeed
 
 IGNORE = 255
 BLUR = (0.1, 1.0)
@@ -844,13 +843,7 @@ def test_sigterm_saves_and_the_same_command_ends_with_identical_bits(trained, sh
 def test_sigkill_then_the_same_command_ends_with_identical_bits(trained, shapes, tmp_path, monkeypatch, capfd, keep_signal_handlers):
     hide_matplotlib(monkeypatch)
     command = [*QUICK, "--data-root", shapes, "--output", tmp_path]
-    process = start("diffmatch.py", *command, start_new_session=True)
-    while not (tmp_path / "latest.pt").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    interrupted_at = state(tmp_path)["iteration"]
+    interrupted_at = kill_after_first_checkpoint(tmp_path, "diffmatch.py", *command)["iteration"]
     assert interrupted_at < 6, "the run ended before it could be killed"
     status, out, err = run_as_program(monkeypatch, capfd, *command)
     assert status == 0 and f"at iteration {interrupted_at}" in out, err

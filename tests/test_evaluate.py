@@ -462,21 +462,6 @@ def fake_results(classes, bins=5):
     return {"confusion": confusion.tolist(), "reliability": rows, "ece": 0.0423}
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The matplotlib figures made in the test."""
-    figure = pytest.importorskip("matplotlib.figure", reason="draws figures only where matplotlib is installed")
-    figures = []
-
-    class Kept(figure.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            figures.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Kept)
-    return figures
-
-
 def bars(container):
     return [number for bar in container for number in (bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height())]
 

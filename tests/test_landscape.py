@@ -268,16 +268,7 @@ def test_exploding_losses_become_null(tmp_path):
     assert set(cells(table({"x": rows}).splitlines()[3])[2:]) == {"-"}
 
 
-def test_picture_has_a_panel_for_each_measure(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure", reason="draws landscape.png only where matplotlib is installed")
-    drawn = []
-
-    class Kept(figure.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(figure, "Figure", Kept)
+def test_picture_has_a_panel_for_each_measure(tmp_path, drawn):
     save({"POS": parabola(2.0), "uniform": parabola(20.0, far="nan")}, tmp_path, {"loss": "training loss", "miou": "mIoU (%)"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["landscape.json", "landscape.png"]
     assert (tmp_path / "landscape.png").read_bytes().startswith(b"\x89PNG")

@@ -5,11 +5,8 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import runpy
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +17,11 @@ from torch import nn
 
 import daw
 import pos_meo
-from common import augment, evaluate, landscape, predict, runtime, synthetic
+from common import evaluate, landscape, predict, runtime, synthetic
 from common.files import FORMAT
 from pos_meo import STATISTICS, SUP, UNSUP
 import programs
-from programs import ROOT, assert_identical, start, state, succeed
+from programs import assert_identical, kill_after_first_checkpoint, state, succeed
 
 ALONE = runtime.Context(0, 1, torch.device("cpu"))
 IGNORE = 255
@@ -954,13 +951,7 @@ def test_a_run_draws_its_gradients(second):
 
 def test_sigkill_then_the_same_command_ends_with_identical_bits(second, shapes, tmp_path):
     command = ["pos_meo.py", *QUICK, *SECOND, "--data-root", shapes, "--output", tmp_path]
-    process = start(*command, start_new_session=True)
-    while not (tmp_path / "latest.pt").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    interrupted = state(tmp_path)
+    interrupted = kill_after_first_checkpoint(tmp_path, *command)
     assert interrupted["iteration"] < 8, "the run ended before it could be killed"
     assert interrupted["history"]["steps"].isnan().any()
     assert f"at iteration {interrupted['iteration']}" in succeed(*command)

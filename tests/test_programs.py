@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import assert_identical, run, start, state, succeed
+from programs import assert_identical, kill_after_first_checkpoint, run, start, state, succeed
 
 QUICK = ["--batch-size", "2", "--iterations", "8", "--eval-every", "8", "--save-every", "2", "--num-workers", "1"]
 
@@ -46,13 +46,7 @@ def test_a_finished_run_is_not_trained_again(trained, shapes):
 
 def test_sigkill_then_the_same_command_ends_with_identical_bits(trained, shapes, tmp_path):
     command = ["daw.py", *QUICK, "--data-root", shapes, "--output", tmp_path]
-    process = start(*command, start_new_session=True)
-    while not (tmp_path / "latest.pt").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    interrupted_at = state(tmp_path)["iteration"]
+    interrupted_at = kill_after_first_checkpoint(tmp_path, *command)["iteration"]
     assert interrupted_at < 8, "the run ended before it could be killed"
     assert f"at iteration {interrupted_at}" in succeed(*command)
     ours, theirs = state(tmp_path), state(trained)
@@ -207,4 +201,6 @@ def test_tables_and_benchmarks_print(trained, tmp_path):
     assert "peak memory" in out
     out = succeed("-m", "common.benchmark", "strategies", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
     assert "uniform" in out and out.count("GiB") == 2
+    out = succeed("-m", "common.benchmark", "sampling", "--backbone", "tiny", "--crop", "32", "--rounds", "1")
+    assert "one denoising call" in out and "of its multiplications" in out and out.count("steps ") == 5
     assert "crop 513" in succeed("-m", "common.benchmark", "loader", "--rounds", "1")
