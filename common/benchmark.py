@@ -1,4 +1,4 @@
-"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies|sampling`.
+"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies|sampling|kmeans`.
 
     loader       unlabeled training samples a second on one core, from 500x375 JPEG files as PASCAL VOC's. With
                  `--released FOLDER`, a checkout of LiheYoung/UniMatch, its loader takes turns with ours.
@@ -6,6 +6,8 @@
     strategies   a step of pos_meo.py with two gradients (pos_meo) against one with their sum (uniform): time and peak memory.
     sampling     diffmatch.py at inference: its feature extractor and one call of its denoiser, and images a second with 1 to 5
                  denoising steps beside DeepLabv3+ alone, one image at a time.
+    kmeans       usrn.py's balanced k-means on `--points` made-up features: time, peak memory, objective. Before it, on
+                 `--reference-points` of them, beside k-means-constrained (PyPI), if that is installed: same points, one start.
 
 Timings are medians over rounds that take turns, so that a busy machine slows all candidates alike: use the ratios.
 """
@@ -28,7 +30,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import runtime
+from common import kmeans, runtime
 from common.data import DATASETS, Data, Sample
 from common.deeplab import DeepLabV3Plus
 from common.loading import TrainingSet
@@ -233,19 +235,73 @@ def sampling(backbone: str, crop: int, batch: int, rounds: int, device: str | No
     print("   ".join(f"{name} {1 / seconds[name]:.2f}/s" for name in candidates if name not in ("extractor", "denoiser")))
 
 
+# ---------------------------------------------------------------- clustering
+
+
+def made_up_features(points: int, channels: int) -> torch.Tensor:
+    """Like a class's features after a ReLU: 40 groups of very different size with correlated noise, float32 [points, channels]."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(40, channels, generator=generator).relu()
+    groups = torch.multinomial(torch.rand(40, generator=generator) ** 3, points, True, generator=generator)
+    mixing = 0.7 * torch.randn(channels, channels, generator=generator) / channels**0.5
+    features = torch.empty(points, channels)
+    for first in range(0, points, 65536):
+        part = groups[first : first + 65536]
+        features[first : first + len(part)] = (centres[part] + torch.randn(len(part), channels, generator=generator) @ mixing).relu()
+    return features
+
+
+def clustering(points: int, reference_points: int, clusters: int, channels: int) -> None:
+    features = made_up_features(points, channels)
+
+    def measure(name: str, assign, features: torch.Tensor) -> None:
+        started = time.perf_counter()
+        assignment = torch.as_tensor(assign(features)).long()
+        seconds = time.perf_counter() - started
+        centroids = kmeans.means(features, assignment, features[:clusters])
+        sizes = torch.bincount(assignment, minlength=clusters)
+        print(f"{name}: {len(features)} points of {channels} channels into {clusters} clusters of {sizes.min()} to {sizes.max()}: {seconds:.1f} s, "
+              f"mean squared distance {kmeans.sum_of_squares(features, assignment, centroids) / len(features):.3f}", flush=True)
+
+    def constrained(features: torch.Tensor) -> np.ndarray:
+        least, rest = divmod(len(features), clusters)
+        return KMeansConstrained(clusters, size_min=least, size_max=least + (rest > 0), n_init=1, random_state=0).fit_predict(features.double().numpy())
+
+    print(f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    ours = functools.partial(kmeans.balanced_kmeans, num_clusters=clusters, seed=0)
+    measure("balanced_kmeans", ours, features[:reference_points])
+    try:
+        from k_means_constrained import KMeansConstrained
+    except ImportError:
+        print("k-means-constrained is not installed")
+    else:
+        measure("k-means-constrained", constrained, features[:reference_points])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measure("balanced_kmeans", ours, features)
+    measure("plain k-means", functools.partial(kmeans.kmeans, num_clusters=clusters, seed=0), features)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory {peak / 2**20:.2f} GiB, features included ({features.nbytes / 2**30:.2f} GiB; {before / 2**20:.2f} GiB before)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loader", "step", "strategies", "sampling"))
+    parser.add_argument("what", choices=("loader", "step", "strategies", "sampling", "kmeans"))
     parser.add_argument("--released", type=Path, help="loader: a checkout of LiheYoung/UniMatch to measure beside ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--crop", type=int, default=321)
     parser.add_argument("--batch", type=int, default=2, help="labeled images, and as many unlabeled")
     parser.add_argument("--device")
+    parser.add_argument("--points", type=int, default=1_000_000, help="kmeans: made-up pixels")
+    parser.add_argument("--reference-points", type=int, default=10_000, help="kmeans: of them also clustered by k-means-constrained")
+    parser.add_argument("--clusters", type=int, default=121)
+    parser.add_argument("--channels", type=int, default=256)
     args, options = parser.parse_known_args()  # the rest are options of daw.py, pos_meo.py or diffmatch.py, such as --compile or --no-amp
     if args.what == "loader":
         loader(args.released, args.rounds)
+    elif args.what == "kmeans":
+        clustering(args.points, args.reference_points, args.clusters, args.channels)
     else:
         {"step": step, "strategies": strategies, "sampling": sampling}[args.what](args.backbone, args.crop, args.batch, args.rounds, args.device, options)
 

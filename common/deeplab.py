@@ -44,6 +44,7 @@ class ResNetEncoder(nn.Module):
     """
 
     low_channels, high_channels = 256, 2048
+    low_parts = ("conv1", "bn1", "relu", "maxpool", "layer1")
 
     def __init__(self, name: str):
         super().__init__()
@@ -51,9 +52,15 @@ class ResNetEncoder(nn.Module):
         for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, stage, getattr(resnet, stage))
 
+    def low_level(self, images: Tensor) -> Tensor:
+        return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
+
+    def high_level(self, low: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(low)))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        low = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
-        return low, self.layer4(self.layer3(self.layer2(low)))
+        low = self.low_level(images)
+        return low, self.high_level(low)
 
 
 class ResidualBlock(nn.Module):
@@ -81,6 +88,7 @@ class TinyEncoder(nn.Module):
     """
 
     low_channels, high_channels = 24, 96
+    low_parts = ("stem", "layer1")
 
     def __init__(self, width: int = 24):
         super().__init__()
@@ -90,9 +98,15 @@ class TinyEncoder(nn.Module):
         self.layer3 = ResidualBlock(2 * width, 4 * width, stride=2)
         self.layer4 = ResidualBlock(4 * width, 4 * width, dilation=2)
 
+    def low_level(self, images: Tensor) -> Tensor:
+        return self.layer1(self.stem(images))
+
+    def high_level(self, low: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(low)))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        low = self.layer1(self.stem(images))
-        return low, self.layer4(self.layer3(self.layer2(low)))
+        low = self.low_level(images)
+        return low, self.high_level(low)
 
 
 def build_encoder(backbone: str, weights: str = "default") -> nn.Module:

@@ -64,18 +64,19 @@ def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette,
                 captions: Sequence[str] = ("image", "label", "prediction")) -> None:
     """Write a PNG with one row (image, label map, ...) per sample and, below, a legend of the classes that occur.
 
-    `captions` heads the columns. Raises ValueError if a row has more or fewer pictures than there are captions.
+    `captions` heads the columns; a map that is uint8 [H, W, 3] already is shown as it is. Raises ValueError if a row has more or fewer
+    pictures than there are captions.
     """
     for number, row in enumerate(rows):
         if len(row) != len(captions):
             raise ValueError(f"row {number} has {len(row)} pictures for {len(captions)} columns")
     rows = [(_channels_last(image), *map(np.asarray, maps)) for image, *maps in rows]
-    pictures = [[_fit(image), *(_fit(colorize(map_, palette), nearest=True) for map_ in maps)] for image, *maps in rows]
+    pictures = [[_fit(image), *(_fit(map_ if map_.ndim == 3 else colorize(map_, palette), nearest=True) for map_ in maps)] for image, *maps in rows]
     cell = max(picture.width for row in pictures for picture in row)
     heights = [max(picture.height for picture in row) for row in pictures]
     width, header = len(captions) * (cell + MARGIN) + MARGIN, FONT_SIZE + 2 * MARGIN
 
-    occurring = {value for _, *maps in rows for map_ in maps for value in np.unique(map_).tolist()}
+    occurring = {value for _, *maps in rows for map_ in maps if map_.ndim == 2 for value in np.unique(map_).tolist()}
     shown = [index for index in sorted(occurring) if index < len(classes)]
     names, colors = [classes[index] for index in shown], [palette[index] for index in shown]
     if IGNORE in occurring:

@@ -70,12 +70,7 @@ class Run:
         return start
 
     def restore(self, checkpoint: dict) -> int:
-        theirs, ours = checkpoint["config"], dataclasses.asdict(self.config)
-        changed = [name for name in ours if name not in RESUMABLE and theirs.get(name) != ours[name]]
-        if checkpoint["method"] != self.method or changed:
-            what = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in changed) or checkpoint["method"]
-            raise UserError(f"{self.folder} holds a run with other options ({what}): repeat its options to go on with it, or "
-                            f"choose another --output")
+        check_options(checkpoint, self.method, self.config, self.folder)
         for name, part in self.state.items():
             try:
                 part.load_state_dict(checkpoint[name])
@@ -133,6 +128,11 @@ class Run:
         return {name: round(float(value), 6) for name, value in zip(names, table.mean(dim=0))}
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """What is trained."""
+        return [part for part in self.state.values() if isinstance(part, nn.Module) and next(part.parameters(), None) is not None]
+
+    @property
     def evaluated_model(self) -> nn.Module:
         """What is evaluated, saved in best.pt and predicted with: the EMA if there is one, else the network itself."""
         return self.state["ema"].model if "ema" in self.state else self.state["model"]
@@ -147,7 +147,7 @@ class Run:
         return True
 
     def average_buffers(self) -> None:
-        for model in {id(model): model for model in (self.state["model"], self.evaluated_model)}.values():
+        for model in self.networks + ([self.state["ema"].model] if "ema" in self.state else []):
             runtime.average_buffers(model)
 
     def evaluate(self, predict, data, samples, labeled_pixels: torch.Tensor) -> dict:
@@ -186,7 +186,7 @@ class Run:
     def save(self, iteration: int) -> None:
         """latest.pt: all of `state`, the random generators of every rank and the position in the data."""
         self.read_pending(iteration)  # never save after a loss that was not finite, nor weights that are not
-        if not torch.stack([parameter.isfinite().all() for parameter in self.state["model"].parameters()]).all():
+        if not torch.stack([parameter.isfinite().all() for model in self.networks for parameter in model.parameters()]).all():
             raise UserError(f"the weights are not finite after iteration {iteration + 1}: lower --lr or try --no-amp")
         self.average_buffers()
         rng = [runtime.rng_state()]
@@ -205,6 +205,11 @@ class Run:
         if self.stop_signal:  # a second one: leave at once
             sys.exit(128 + number)
         self.stop_signal = number
+
+    def release_signals(self) -> None:
+        """For work after the run that has nothing to save: signals end the process again."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
 
     def must_stop(self, iteration: int) -> int:
         """The signal to stop for, agreed on by all ranks (on the host, every tenth step), or 0."""
@@ -260,6 +265,15 @@ def write_sample_grid(label_maps, captions, data, device: torch.device, path: Pa
         images = normalize(item["image"][None].to(device))
         rows.append((item["image"].numpy(), item["label"].numpy(), *(label_map.byte().cpu().numpy() for label_map in label_maps(images))))
     sample_grid(rows, data.info.classes, data.info.palette, path, captions)
+
+
+def check_options(checkpoint: dict, method: str, config, folder: Path, remedy: str = "choose another --output") -> None:
+    """Raise UserError unless the checkpoint is of a run with these options."""
+    theirs, ours = checkpoint["config"], dataclasses.asdict(config)
+    changed = [name for name in ours if name not in RESUMABLE and theirs.get(name) != ours[name]]
+    if checkpoint["method"] != method or changed:
+        what = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in changed) or checkpoint["method"]
+        raise UserError(f"{folder} holds a run with other options ({what}): repeat its options to go on with it, or {remedy}")
 
 
 def is_line_until(line: str, iteration: int) -> bool:
