@@ -74,5 +74,12 @@ train diffmatch_no_adjustment  diffmatch.py --tau 0
 train diffmatch                diffmatch.py
 train diffmatch_no_threshold   diffmatch.py --threshold 0
 
+train usrn_I            usrn.py --model I
+train usrn_II           usrn.py --model II
+train usrn_III          usrn.py --model III
+train usrn_IV           usrn.py --model IV
+train usrn              usrn.py
+train usrn_plain_kmeans usrn.py --clustering plain
+
 "$python" -m common.results "$runs"
-echo "pictures: $runs/*/seed*/samples.png"
+echo "pictures: $runs/*/seed*/samples.png, $runs/usrn*/seed*/subclasses/subclasses.png"

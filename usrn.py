@@ -18,8 +18,8 @@ pseudo label must be of the class that F_sub sees. Only F is used afterwards.
     Eq. 9      class balance rate                                        class_balance_rate
 
                       paper                      released code              here
-    clusters per      pixels / pixels of the     typed in for each data     rounded ratio, at least 1; at most --max-subclasses
-    class             smallest class             set's lists                in all (larger clusters instead, and a message)
+    clusters per      pixels / pixels of the     typed in for each data     rounded ratio, at least 1; in all at most one a labeled
+    class             smallest class             set's lists                image, see below (--max-subclasses 255: the paper's)
     clustering        balanced k-means           "regularized k-means" in   exact balanced assignment (common.kmeans)
                                                  C++, through CSV files
     features          not said                   best validation epoch,     last iteration, stride 8 (2 x 2 features averaged)
@@ -34,14 +34,20 @@ pseudo label must be of the class that F_sub sees. Only F is used afterwards.
     unlabeled losses  not said                   at stride 8, all pixels    on 2 x 2 averaged features (--pool), valid pixels
     batch norm        not said                   labeled, weak and strong   labeled with weak, strong apart, as UniMatch
                                                  apart
+    stage 1's length  not said                   as stage 3                 a quarter of it (--supervised-iterations)
     start of stage 3  not said                   ImageNet                   ImageNet
     dropout           not said                   0.5 and 0.1 in the head    none: DeepLabv3+ of all files here
     learning rate     1e-3                       1e-3, head 1e-2            the recipe's: on PASCAL the same
     crop              320                        320                        321
     share "all"       both features              -                          the encoder; ASPP and decoder are F_sub's own
 
-Note. With gamma >= 0.5, Eq. 4 and 6 never change a pseudo label: where F_sub sees another class, F's confidence in it is below
-one half, and the pixel is left out. Regularization here means that F_sub may veto.
+With gamma >= 0.5, Eq. 4 and 6 never change a pseudo label: where F_sub sees another class, F's confidence in it is below one
+half, and the pixel is left out. Regularization here means that F_sub may veto.
+
+Eq. 5 thresholds the confidence in one subclass. A class of many subclasses shares its probability among them and is rarely
+above gamma, so that pseudo labels of F_sub are mostly of classes with few. Where clusters are as small as patches of single
+images, which F_sub cannot tell apart, this runs away: on the embedded data with 83 subclasses of 24 images, F_sub ended by
+seeing one small class in 70 % of the pixels and vetoed what was right. Hence our limit on the number of subclasses.
 
 Commands
     python usrn.py                                                                          embedded data
@@ -68,17 +74,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from common import augment, runtime
 from common.data import IGNORE, Data, Sample, load_data
 from common.deeplab import DeepLabV3Plus
-from common.files import read_checkpoint, write_atomically, write_json
+from common.files import read_checkpoint, write_json
 from common.kmeans import balanced_kmeans, kmeans, means
 from common.loading import EvaluationSet, class_pixels, training_loader
 from common.options import RESUMABLE, TrainingOptions, fill_from_recipe, option, parse, require
-from common.pictures import colorize, sample_grid
+from common.pictures import colorize, sample_grid, save_indexed_png
 from common.run import Run, check_options
 from common.runtime import Context, pixel_counts
 
@@ -106,7 +111,8 @@ class Config(TrainingOptions):
     lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8")
     clustering: str = option("balanced", "balanced or plain k-means (Table 4)", choices=("balanced", "plain"))
     share: str = option("low", "what F and F_sub share (Table 5): nothing, the stem and stage 1, or the whole encoder", choices=("none", "low", "all"))
-    max_subclasses: int = option(MOST_SUBCLASSES, "subclasses in all; clusters are larger than the smallest class where it takes more")
+    max_subclasses: int | None = option(None, "subclasses in all; clusters are larger than the smallest class where these would be more. "
+                                              "Default: the labeled images, 255 at most; 255: the paper's rule")
     pool: int = option(2, "unlabeled losses at features averaged over so many cells each way; 0: at the pixels of the crop")
     supervised_iterations: int | None = option(None, "length of stage 1; default: a quarter of --iterations")
     retrain: bool = option(False, "start stage 3 anew though --output holds one of other options; its checkpoints are deleted")
@@ -335,9 +341,9 @@ def extract_features(model: nn.Module, samples: list[Sample], data: Data, contex
     return cells
 
 
-def cell_centres(pixels: int, cells: int) -> Tensor:
+def cell_centres(pixels: int, cells: int, device: torch.device | str = "cpu") -> Tensor:
     """The pixel in the middle of each of the cells that a line of pixels is divided into, int64 [cells]."""
-    return ((torch.arange(cells) + 0.5) * pixels / cells).long()
+    return ((torch.arange(cells, device=device) + 0.5) * pixels / cells).long()
 
 
 def write_subclasses(folder: Path, cells: list[tuple[Tensor, Tensor]], data: Data, config: Config, key: dict, device: torch.device) -> dict:
@@ -355,21 +361,14 @@ def write_subclasses(folder: Path, cells: list[tuple[Tensor, Tensor]], data: Dat
     if wanted > config.max_subclasses:
         print(f"stage 2: the smallest class has {smallest} of {int(pixels.sum())} cells; clusters of its size would be {wanted} in all. They are "
               f"made larger, so that there are {len(parent_of)} (--max-subclasses {config.max_subclasses})", flush=True)
-    subclass = torch.full_like(labels, IGNORE)
-    cluster = balanced_kmeans if config.clustering == "balanced" else kmeans
-    first = 0
-    for label, count in enumerate(counts.tolist()):
-        chosen = (labels == label).nonzero().squeeze(1)
-        if len(chosen):
-            subclass[chosen] = first + (cluster(features[chosen].to(device), count, config.seed).cpu() if count > 1 else 0)
-        first += count
+    subclass = cluster_cells(features.to(device), labels.to(device), counts, config).cpu()
     sizes = torch.bincount(subclass, minlength=IGNORE + 1)[: len(parent_of)]
     known = subclass != IGNORE
     centroids = means(features[known], subclass[known], torch.full((len(parent_of), features.shape[1]), 1e4))
     maps, palette = [], subclass_palette(parent_of, data.info.palette)
     for (feature, label), own, sample in zip(cells, subclass.split([label.numel() for _, label in cells]), data.labeled):
         maps.append(subclass_map(feature, own.view(label.shape), centroids, parent_of, EvaluationSet([sample], data.root, len(counts))[0]["label"]))
-        write_map(folder / f"{sample.name}.png", maps[-1], palette)
+        save_indexed_png(maps[-1], palette, folder / f"{sample.name}.png")
     rows = [(item["image"].numpy(), item["label"].numpy(), colorize(map_, palette))
             for item, map_ in zip(EvaluationSet(data.labeled[:6], data.root, len(counts)), maps)]
     sample_grid(rows, data.info.classes, data.info.palette, folder / "subclasses.png", ("image", "label", "subclasses"))
@@ -380,6 +379,18 @@ def write_subclasses(folder: Path, cells: list[tuple[Tensor, Tensor]], data: Dat
     print(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} subclasses in {record['seconds']:.1f} s; class "
           f"balance rate {100 * record['cbr_classes']:.1f} % -> {100 * record['cbr_subclasses']:.1f} %", flush=True)
     return record
+
+
+def cluster_cells(features: Tensor, labels: Tensor, counts: Tensor, config: Config) -> Tensor:
+    """Subclass of each cell, int64 [N], for its features [N, D] and label [N]; 255 where there is none. counts [C]: `subclass_counts`."""
+    cluster = balanced_kmeans if config.clustering == "balanced" else kmeans
+    subclass, first = torch.full_like(labels, IGNORE), 0
+    for label, count in enumerate(counts.tolist()):
+        chosen = (labels == label).nonzero().squeeze(1)
+        if len(chosen):
+            subclass[chosen] = first + (cluster(features[chosen], count, config.seed) if count > 1 else 0)
+        first += count
+    return subclass
 
 
 def subclass_map(features: Tensor, subclass: Tensor, centroids: Tensor, parent_of: Tensor, label: Tensor) -> np.ndarray:
@@ -405,14 +416,6 @@ def subclass_palette(parent_of: Tensor, palette) -> list[tuple[int, int, int]]:
     return [tuple(np.clip(0.6 * np.array(palette[parent]) + 0.4 * random.integers(0, 256, 3), 0, 255).astype(int).tolist()) for parent in parent_of]
 
 
-def write_map(path: Path, label: np.ndarray, palette) -> None:
-    image = Image.fromarray(label)
-    colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(palette)] = palette
-    image.putpalette(colours.ravel().tolist())
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
 # ================================================================ training
 
 
@@ -424,6 +427,11 @@ def train(config: Config) -> dict:
     fill_from_recipe(config, "usrn", data, context, 2 if "OST" in on else 1)
     require(0 <= config.threshold < 1, f"--threshold must lie in [0, 1), not {config.threshold}")
     require(config.pool >= 0, f"--pool must not be negative, not {config.pool}")
+    per_part = config.batch_size // (context.world_size * config.grad_accum)
+    require(per_part > 1 or context.device.type == "cuda" and context.world_size > 1, f"--batch-size {config.batch_size} leaves one labeled "
+            f"(or strong) image a rank and part: batch norm needs two")
+    if config.max_subclasses is None:
+        config.max_subclasses = min(max(data.info.num_classes, len(data.labeled)), MOST_SUBCLASSES)
     require(data.info.num_classes <= config.max_subclasses <= MOST_SUBCLASSES, f"--max-subclasses takes {data.info.num_classes} (the classes "
             f"of {data.info.name}) to {MOST_SUBCLASSES}, not {config.max_subclasses}")
     require("OST" not in on or bool(data.unlabeled), "no unlabeled image is left: add --model baseline or I")
@@ -445,7 +453,8 @@ def train(config: Config) -> dict:
                 f"choose another --output, or --retrain to delete it")
     if "MSL" in on:
         names = [sample.name for sample in data.labeled]
-        require(len(set(names)) == len(names), "two labeled images have the same file name, which subclass maps go by")
+        require(len({*names, "subclasses"}) == len(names) + 1, "two labeled images have the same file name, or one is called subclasses: their "
+                "subclass maps would be one file")
         model = train_supervised(config, data, context, labeled)
         subclasses = cluster_labels(model, data, config, context, labeled)
     return train_stage(config, data, context, subclasses)[1]
@@ -457,7 +466,8 @@ def train_supervised(config: Config, data: Data, context: Context, labeled: str)
     own = Config(**{**shared, "output": str(Path(config.output) / "supervised"), "iterations": config.supervised_iterations, "model": "baseline"})
     own.eval_every, own.save_every = own.iterations, min(config.save_every, own.iterations)
     folder = Path(own.output)
-    key = {"labeled": labeled, **{name: value for name, value in dataclasses.asdict(own).items() if name not in RESUMABLE}}
+    options = {name: value for name, value in dataclasses.asdict(own).items() if name not in RESUMABLE or name == "weights"}
+    key = {"images_and_masks": labeled, "options": options}
     if context.is_main:
         try:
             same = json.loads((folder / "stage.json").read_text()) == json.loads(json.dumps(key))
@@ -485,7 +495,7 @@ def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float
     if "OST" in MODELS[config.model]:
         weak = augment.to_float(part["unlabeled"])
         views |= {"weak": augment.normalize(weak), "strong": augment.normalize(augment.strong_augment(weak, blur_sigma=blur))}
-        rows, columns = (cell_centres(config.crop, count).to(weak.device) for count in cells)
+        rows, columns = (cell_centres(config.crop, count, weak.device) for count in cells)
         views |= {name: part[name][:, rows][:, :, columns] for name in ("valid", "truth") if name in part}
     return views
 
@@ -494,9 +504,6 @@ def train_stage(config: Config, data: Data, context: Context, subclasses: Subcla
     """Stage 1 (model "baseline") or 3: train, evaluate and save; returns the trained F and its last evaluation."""
     on = MODELS[config.model]
     images_per_label = 2 if "OST" in on else 1
-    per_part = config.batch_size // (context.world_size * config.grad_accum)
-    require(per_part > 1 or context.device.type == "cuda" and context.world_size > 1, f"--batch-size {config.batch_size} leaves one labeled image "
-            "a rank and part: batch norm needs two")
     runtime.seed_everything(config.seed)
     model = build_model(config, data.info.num_classes)
     subclass_model = DeepLabV3Plus(config.backbone, len(subclasses.parent_of), config.weights) if subclasses else None

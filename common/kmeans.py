@@ -48,6 +48,13 @@ def balanced_kmeans(features: Tensor, num_clusters: int, seed: int) -> Tensor:
     return lloyd(features, num_clusters, seed, priced_assignment)
 
 
+def check_finite(features: Tensor) -> None:
+    finite = sum(int(torch.isfinite(points).all(dim=1).sum()) for points in features.split(BLOCK))
+    if finite < len(features):
+        raise ValueError(f"{len(features) - finite} of {len(features)} points have features that are not finite")
+
+
+@torch.no_grad()
 @full_precision()
 def lloyd(features: Tensor, num_clusters: int, seed: int, assign) -> Tensor:
     """Alternate `assign` with means until they settle, on few points first; then go on twice on four times as many, up to all.
@@ -56,8 +63,7 @@ def lloyd(features: Tensor, num_clusters: int, seed: int, assign) -> Tensor:
     """
     if not 1 <= num_clusters <= len(features):
         raise ValueError(f"{len(features)} points cannot be put into {num_clusters} clusters")
-    if not torch.isfinite(features).all():
-        raise ValueError("features hold values that are not finite")
+    check_finite(features)
     generator = torch.Generator().manual_seed(seed)
     centroids = spread_centroids(features, num_clusters, generator)
     prices = centroids.new_zeros(num_clusters)
@@ -95,8 +101,10 @@ def working_dtype(features: Tensor) -> torch.dtype:
 
 
 def costs(points: Tensor, centroids: Tensor) -> Tensor:
-    """|x - m|^2 - |x|^2: points [n, D], centroids [K, D] -> [n, K]. What is left out is the same for all clusters."""
-    return torch.addmm(centroids.square().sum(dim=1), points.to(centroids.dtype), centroids.T, alpha=-2)
+    """|x - m|^2 but for a term that is the same for all clusters: points [n, D], centroids [K, D] -> [n, K]."""
+    middle = centroids.mean(dim=0)  # far from the origin, the product's rounding would hide distances
+    centred = centroids - middle
+    return torch.addmm(centred.square().sum(dim=1), points.to(centroids.dtype) - middle, centred.T, alpha=-2)
 
 
 def means(features: Tensor, assignment: Tensor, centroids: Tensor) -> Tensor:
@@ -120,12 +128,15 @@ def nearest(features: Tensor, centroids: Tensor, prices: Tensor | float = 0.0) -
     return torch.cat([(costs(points, centroids) + prices).argmin(dim=1) for points in features.split(BLOCK)])
 
 
+@torch.no_grad()
 @full_precision()
 def balanced_assignment(features: Tensor, centroids: Tensor) -> Tensor:
     """The balanced assignment with the least sum of squared distances: features [N, D], centroids [K, D] -> int64 [N].
 
-    An exact minimum over all assignments whose sizes are floor(N / K) or ceil(N / K), up to rounding.
+    An exact minimum over all assignments whose sizes are floor(N / K) or ceil(N / K), up to rounding. Raises ValueError for
+    features that are not finite.
     """
+    check_finite(features)
     return priced_assignment(features, centroids, centroids.new_zeros(len(centroids)))[0]
 
 
@@ -163,7 +174,7 @@ class Moves:
         self.point = np.zeros((clusters, clusters, listed), np.int64)
         self.known_to = np.full((clusters, clusters), np.inf)
         self.edge = np.full((clusters, clusters), np.inf)  # the least of each list
-        self.rounding = 16 * torch.finfo(centroids.dtype).eps * float(centroids.square().sum(dim=1).max())
+        self.rounding = 16 * torch.finfo(centroids.dtype).eps * float((centroids - centroids.mean(dim=0)).square().sum(dim=1).max())
         if self.unbalanced() or rest:
             for cluster in range(clusters):
                 self.list_row(cluster)
@@ -227,11 +238,14 @@ class Moves:
         count = min(self.cost.shape[2], len(members))
         if count:
             index = torch.from_numpy(members).to(self.features.device)
-            price = torch.cat([costs(self.features[part], self.centroids) for part in index.split(BLOCK)])
-            price = price - price[:, cluster : cluster + 1]
-            values, places = price.T.topk(count, dim=1, largest=False)
-            self.cost[cluster, :, :count] = values.cpu().numpy()
-            self.point[cluster, :, :count] = members[places.cpu().numpy()]
+            values, points = self.centroids.new_empty(len(self.sizes), 0), index.new_empty(len(self.sizes), 0)
+            for part in index.split(BLOCK):
+                price = costs(self.features[part], self.centroids)
+                values = torch.cat([values, (price - price[:, cluster : cluster + 1]).T], dim=1)
+                points = torch.cat([points, part.expand(len(self.sizes), -1)], dim=1)
+                values, places = values.topk(min(count, values.shape[1]), dim=1, largest=False)
+                points = points.gather(1, places)
+            self.cost[cluster, :, :count], self.point[cluster, :, :count] = values.cpu().numpy(), points.cpu().numpy()
             if count < len(members):
                 self.known_to[cluster] = self.cost[cluster, :, :count].max(axis=1)
         self.cost[cluster, cluster], self.known_to[cluster, cluster] = np.inf, np.inf

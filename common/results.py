@@ -1,4 +1,4 @@
-"""`python -m common.results FOLDER`: the table of all runs in FOLDER/<row>/seed<k>.
+"""`python -m common.results FOLDER [--per-class]`: the table of all runs in FOLDER/<row>/seed<k>, or their IoU of each class.
 
 Rows come in the order in which their runs were last started. A cell is the mean over seeds of the last evaluation, with the standard
 deviation over seeds where there are several; nothing is picked by its validation score.
@@ -39,12 +39,16 @@ def cell(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-def table(rows: dict[str, list[dict]]) -> str:
+def table(rows: dict[str, list[dict]], per_class: bool = False) -> str:
     """A Markdown table; everything in %."""
-    lines = [["run", "seeds", *COLUMNS.values()]]
+    classes = {name: None for seeds in rows.values() for results in seeds for name in results["last"]["iou"]} if per_class else {}
+    lines = [["run", "seeds", *(classes or COLUMNS.values())]]
     for row, seeds in rows.items():
         last = [results["last"] for results in seeds]
-        columns = [[entry[name] * (100 if name == "ece" else 1) for entry in last if entry[name] is not None] for name in COLUMNS]
+        if per_class:
+            columns = [[entry["iou"][name] for entry in last if entry["iou"].get(name) is not None] for name in classes]
+        else:
+            columns = [[entry[name] * (100 if name == "ece" else 1) for entry in last if entry[name] is not None] for name in COLUMNS]
         lines.append([row, str(len(seeds)), *(cell(values) if values else "-" for values in columns)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["| " + " | ".join(entry.ljust(width) for entry, width in zip(line, widths)) + " |" for line in lines]
@@ -55,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(table(collect(parser.parse_args().folder)))
+    parser.add_argument("--per-class", action="store_true", help="IoU of each class instead of the means")
+    args = parser.parse_args()
+    print(table(collect(args.folder), args.per_class))
 
 
 if __name__ == "__main__":

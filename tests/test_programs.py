@@ -192,10 +192,14 @@ def test_tables_and_benchmarks_print(trained, tmp_path):
         folder = tmp_path / "method" / f"seed{seed}"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"iterations": 9}))
-        last = {"iteration": iteration, "miou": miou, "head_miou": 50.0, "tail_miou": None, "ece": 0.05}
+        last = {"iteration": iteration, "miou": miou, "head_miou": 50.0, "tail_miou": None, "ece": 0.05,
+                "iou": {"sky": miou + 1, "sea": None}}
         (folder / "results.json").write_text(json.dumps({"last": last, "best": last}))
     row = succeed("-m", "common.results", tmp_path).splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["method", "2", "42.0 ± 2.8", "50.0 ± 0.0", "-", "5.0 ± 0.0"]
+    header, _, row = succeed("-m", "common.results", tmp_path, "--per-class").splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, row)] == \
+        [["run", "seeds", "sky", "sea"], ["method", "2", "43.0 ± 2.8", "-"]]
     assert "no results" in refuse("-m", "common.results", tmp_path / "nowhere")
     out = succeed("-m", "common.benchmark", "step", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
     assert "peak memory" in out
@@ -203,4 +207,7 @@ def test_tables_and_benchmarks_print(trained, tmp_path):
     assert "uniform" in out and out.count("GiB") == 2
     out = succeed("-m", "common.benchmark", "sampling", "--backbone", "tiny", "--crop", "32", "--rounds", "1")
     assert "one denoising call" in out and "of its multiplications" in out and out.count("steps ") == 5
+    out = succeed("-m", "common.benchmark", "kmeans", "--points", "600", "--reference-points", "300", "--clusters", "7", "--channels", "8")
+    assert "300 points of 8 channels into 7 clusters of 42 to 43" in out and "600 points of 8 channels into 7 clusters of 85 to 86" in out
+    assert "peak memory" in out
     assert "crop 513" in succeed("-m", "common.benchmark", "loader", "--rounds", "1")
