@@ -19,17 +19,24 @@ pseudo label must be of the class that F_sub sees. Only F is used afterwards.
 
                       paper                      released code              here
     clusters per      pixels / pixels of the     typed in for each data     rounded ratio, at least 1; in all at most one a labeled
-    class             smallest class             set's lists                image, see below (--max-subclasses 255: the paper's)
+    class             smallest class             set's lists                image, see below (--max-subclasses 255: the paper's;
+                                                                            differs on its lists of 165 and of Cityscapes' 93)
     clustering        balanced k-means           "regularized k-means" in   exact balanced assignment (common.kmeans)
                                                  C++, through CSV files
-    features          not said                   best validation epoch,     last iteration, stride 8 (2 x 2 features averaged)
-                                                 stride 8
-    subclass maps     not said                   nearest cell, whatever     nearest cell of the class, so that subclasses
-                                                 the pixel's own class      divide the label map exactly
+    features          not said                   best validation epoch,     last iteration, twice the features' stride (8 with
+                                                 stride 8                   ResNets), 2 x 2 averaged
+    pixels counted    of the labels              of the cells               of the cells; classes without any count as 0 in CBR
+    strong view       colour jitter, blur        blur, grayscale, jitter    the recipe of all files here: the same, with jitter
+                                                 0.4, 0.4, 0.4, 0.1         0.5, 0.5, 0.5, 0.25
+    subclass maps     not said                   nearest cell, whatever     nearest cell; where that is of another class, the class's
+                                                 the pixel's own class      centroid nearest to its features: subclasses divide
+                                                                            the label map exactly
     entropies (Eq. 6) of parents                 of subclasses / log K,     parents: --gate parents | subclasses
                                                  against F's / log C
-    class of F_sub    one-hot of M(p*) (Eq. 6)   parent of the likeliest    parent of the likeliest subclass; summed over
-                      or M(one-hot) (Eq. 4)      subclass                   parents, large classes would win again
+    class of F_sub    one-hot of M(p*) (Eq. 6)   parent of the likeliest    parent of the likeliest subclass: sums over parents
+                      or M(one-hot) (Eq. 4)      subclass                   would favour large classes again (not measured)
+    threshold, Eq. 6  of the one-hot, as printed of F's probability in the  of F's probability in the class
+                                                 class
     gate closed       "no back-propagation"      F's own pseudo label       F's own pseudo label
     unlabeled losses  not said                   at stride 8, all pixels    on 2 x 2 averaged features (--pool), valid pixels
     batch norm        not said                   labeled, weak and strong   labeled with weak, strong apart, as UniMatch
@@ -55,7 +62,8 @@ Commands
     torchrun --nproc_per_node=8 usrn.py --dataset pascal --data-root VOC2012 --labeled 92 --backbone resnet50
 
 A run folder also holds supervised/ (stage 1, a run folder like any other) and subclasses/ (stage 2: PNG maps, subclasses.json,
-subclasses.png). Both are used again as long as all that they depend on is the same, and made anew otherwise.
+subclasses.png). Both are used again as long as the options and labeled images that they depend on are the same, and made
+anew otherwise.
 
 Ablations: --model baseline | self-training | I | II | III | IV | USRN (Table 3), --clustering (Table 4), --share (Table 5),
 --threshold (Table 6), --gate.
@@ -68,6 +76,7 @@ import math
 import shutil
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +280,7 @@ def cluster_labels(model: nn.Module, data: Data, config: Config, context: Contex
     folder = Path(config.output) / "subclasses"
     key = {"labeled": labeled, "model": sha256_of_state(model), "clustering": config.clustering, "max_subclasses": config.max_subclasses,
            "seed": config.seed}
-    group = dist.new_group(backend="gloo") if context.world_size > 1 else None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if context.world_size > 1 else None  # others wait while rank 0 clusters
     record = read_record(folder, key, data) if context.is_main else None
     if group:
         shared = [record]
@@ -285,6 +294,7 @@ def cluster_labels(model: nn.Module, data: Data, config: Config, context: Contex
             dist.gather_object(mine, parts, dst=0, group=group)
         if context.is_main:
             cells = {name: value for part in parts for name, value in part.items()}
+            del mine, parts  # gigabytes
             record = write_subclasses(folder, [cells[sample.name] for sample in data.labeled], data, config, key, context.device)
         if group:
             shared = [record]
@@ -332,12 +342,14 @@ def read_record(folder: Path, key: dict, data: Data) -> dict | None:
 def extract_features(model: nn.Module, samples: list[Sample], data: Data, context: Context) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> features of the image's cells, float16 [h, w, D], and their labels uint8 [h, w]; a cell is 2 x 2 features."""
     model.eval()
+    tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it would start anew for every size
     cells = {}
     for item in EvaluationSet(samples, data.root, data.info.num_classes):
         features = F.avg_pool2d(model.features(augment.normalize(item["image"][None].to(context.device))), 2, ceil_mode=True)
         rows, columns = (cell_centres(pixels, count) for pixels, count in zip(item["label"].shape, features.shape[2:]))
-        cells[item["name"]] = features[0].permute(1, 2, 0).half().cpu(), item["label"][rows][:, columns]
+        cells[item["name"]] = features[0].permute(1, 2, 0).clamp(-65504, 65504).half().cpu(), item["label"][rows][:, columns]
     model.train()
+    torch.backends.cudnn.benchmark = tuning
     return cells
 
 
@@ -348,7 +360,6 @@ def cell_centres(pixels: int, cells: int, device: torch.device | str = "cpu") ->
 
 def write_subclasses(folder: Path, cells: list[tuple[Tensor, Tensor]], data: Data, config: Config, key: dict, device: torch.device) -> dict:
     """Cluster the cells of each class; write the maps, subclasses.png and at last subclasses.json, whose content is returned."""
-    started = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     features = torch.cat([feature.flatten(0, 1) for feature, _ in cells])
     labels = torch.cat([label.flatten() for _, label in cells]).long()
@@ -361,22 +372,27 @@ def write_subclasses(folder: Path, cells: list[tuple[Tensor, Tensor]], data: Dat
     if wanted > config.max_subclasses:
         print(f"stage 2: the smallest class has {smallest} of {int(pixels.sum())} cells; clusters of its size would be {wanted} in all. They are "
               f"made larger, so that there are {len(parent_of)} (--max-subclasses {config.max_subclasses})", flush=True)
+    before = time.monotonic()
     subclass = cluster_cells(features.to(device), labels.to(device), counts, config).cpu()
+    clustering = round(time.monotonic() - before, 2)
     sizes = torch.bincount(subclass, minlength=IGNORE + 1)[: len(parent_of)]
     known = subclass != IGNORE
-    centroids = means(features[known], subclass[known], torch.full((len(parent_of), features.shape[1]), 1e4))
-    maps, palette = [], subclass_palette(parent_of, data.info.palette)
+    centroids = means(features[known], subclass[known], torch.full((len(parent_of), features.shape[1]), 1e4))  # empty ones: far away
+    shown, of_maps, palette = [], torch.zeros(IGNORE + 1, dtype=torch.long), subclass_palette(parent_of, data.info.palette)
     for (feature, label), own, sample in zip(cells, subclass.split([label.numel() for _, label in cells]), data.labeled):
-        maps.append(subclass_map(feature, own.view(label.shape), centroids, parent_of, EvaluationSet([sample], data.root, len(counts))[0]["label"]))
-        save_indexed_png(maps[-1], palette, folder / f"{sample.name}.png")
-    rows = [(item["image"].numpy(), item["label"].numpy(), colorize(map_, palette))
-            for item, map_ in zip(EvaluationSet(data.labeled[:6], data.root, len(counts)), maps)]
-    sample_grid(rows, data.info.classes, data.info.palette, folder / "subclasses.png", ("image", "label", "subclasses"))
+        item = EvaluationSet([sample], data.root, len(counts))[0]
+        map_ = subclass_map(feature, own.view(label.shape), centroids, parent_of, item["label"])
+        save_indexed_png(map_, palette, folder / f"{sample.name}.png")
+        of_maps += torch.from_numpy(np.bincount(map_.ravel(), minlength=IGNORE + 1))
+        if len(shown) < 6:
+            shown.append((item["image"].numpy(), item["label"].numpy(), colorize(map_, palette)))
+    sample_grid(shown, data.info.classes, data.info.palette, folder / "subclasses.png", ("image", "label", "subclasses"))
     record = {"key": key, "parent_of": parent_of.tolist(), "subclasses": counts.tolist(), "cells": pixels.tolist(), "sizes": sizes.tolist(),
               "cbr_classes": class_balance_rate(pixels), "cbr_subclasses": class_balance_rate(sizes),
-              "seconds": round(time.monotonic() - started, 2), "maps": sha256_of_maps(folder, data)}
+              "cbr_maps": class_balance_rate(of_maps[: len(parent_of)]), "clustering_seconds": clustering,
+              "maps": sha256_of_maps(folder, data)}
     write_json(folder / "subclasses.json", record)
-    print(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} subclasses in {record['seconds']:.1f} s; class "
+    print(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} subclasses in {clustering:.1f} s; class "
           f"balance rate {100 * record['cbr_classes']:.1f} % -> {100 * record['cbr_subclasses']:.1f} %", flush=True)
     return record
 
@@ -426,7 +442,7 @@ def train(config: Config) -> dict:
     on = MODELS[config.model]
     fill_from_recipe(config, "usrn", data, context, 2 if "OST" in on else 1)
     require(0 <= config.threshold < 1, f"--threshold must lie in [0, 1), not {config.threshold}")
-    require(config.pool >= 0, f"--pool must not be negative, not {config.pool}")
+    require(0 <= config.pool <= config.crop // 16, f"--pool must lie in [0, crop / 16], not {config.pool}")  # a few cells at least
     per_part = config.batch_size // (context.world_size * config.grad_accum)
     require(per_part > 1 or context.device.type == "cuda" and context.world_size > 1, f"--batch-size {config.batch_size} leaves one labeled "
             f"(or strong) image a rank and part: batch norm needs two")
@@ -438,26 +454,44 @@ def train(config: Config) -> dict:
     require(config.supervised_iterations is None or config.supervised_iterations >= 1, "--supervised-iterations must be at least 1")
     if config.supervised_iterations is None:
         config.supervised_iterations = max(1, config.iterations // 4)
+    names = [sample.name for sample in data.labeled]
+    require("MSL" not in on or len({*names, "subclasses"}) == len(names) + 1, "two labeled images have the same file name, or one is called "
+            "subclasses: their subclass maps would be one file")
     retrain, config.retrain = config.retrain, False
-    folder, subclasses = Path(config.output), None
     labeled = sha256_of_labeled(data)
-    if context.is_main and retrain:
+    problem, subclasses = earlier_run(config, data, labeled, context)  # before hours are spent on stages that it could not go on from
+    require(problem is None or retrain, problem)
+    if "MSL" in on and subclasses is None:
+        subclasses = cluster_labels(train_supervised(config, data, context, labeled), data, config, context, labeled)
+        problem = problem or "its subclasses are no longer there"
+    if retrain and problem and context.is_main:
         for name in ("latest.pt", "best.pt", "results.json", "metrics.jsonl"):
-            (folder / name).unlink(missing_ok=True)
+            (Path(config.output) / name).unlink(missing_ok=True)
     runtime.barrier()
-    if (folder / "latest.pt").is_file():  # refused before hours are spent on stages that it could not go on from
-        checkpoint = read_checkpoint(folder / "latest.pt")
-        check_options(checkpoint, "usrn", config, folder, "choose another --output, or --retrain to delete it")
-        kept = checkpoint.get("subclasses")
-        require(kept is None or kept["labeled"] == labeled, f"the labeled images are not those that {folder / 'latest.pt'} was trained with: "
-                f"choose another --output, or --retrain to delete it")
-    if "MSL" in on:
-        names = [sample.name for sample in data.labeled]
-        require(len({*names, "subclasses"}) == len(names) + 1, "two labeled images have the same file name, or one is called subclasses: their "
-                "subclass maps would be one file")
-        model = train_supervised(config, data, context, labeled)
-        subclasses = cluster_labels(model, data, config, context, labeled)
     return train_stage(config, data, context, subclasses)[1]
+
+
+def earlier_run(config: Config, data: Data, labeled: str, context: Context) -> tuple[str | None, Subclasses | None]:
+    """Why this run cannot go on from the latest.pt of its folder (None: it can, or there is none), and the subclasses of that if
+    their maps are still there: then stages 1 and 2 are not needed any more."""
+    latest, maps = Path(config.output) / "latest.pt", Path(config.output) / "subclasses"
+    if not latest.is_file():
+        return None, None
+    checkpoint = read_checkpoint(latest)
+    try:
+        check_options(checkpoint, "usrn", config, latest.parent, "choose another --output, or --retrain to delete it")
+    except runtime.UserError as error:
+        return str(error), None
+    kept = checkpoint.get("subclasses")
+    if kept is None:
+        return None, None
+    if kept["labeled"] != labeled:
+        return f"the labeled images are not those that {latest} was trained with: choose another --output, or --retrain to delete it", None
+    if sha256_of_maps(maps, data) != kept["maps"]:
+        return None, None
+    if context.is_main:
+        print(f"stage 2: {len(kept['parent_of'])} subclasses from {maps}", flush=True)
+    return None, Subclasses(kept["parent_of"], maps, labeled, kept["maps"])
 
 
 def train_supervised(config: Config, data: Data, context: Context, labeled: str) -> nn.Module:
@@ -474,6 +508,7 @@ def train_supervised(config: Config, data: Data, context: Context, labeled: str)
         except (OSError, ValueError):
             same = False
         if not same:
+            build_model(own, data.info.num_classes)  # fails where weights cannot be had, before anything is deleted
             if folder.exists():
                 print(f"stage 1: {folder} was made with other options or labels; it is made anew", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -482,7 +517,7 @@ def train_supervised(config: Config, data: Data, context: Context, labeled: str)
     return train_stage(own, data, context, None)[0]
 
 
-def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float], parent_of: Tensor | None, cells: tuple[int, int]) -> dict[str, Tensor]:
+def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float], parent_of: Tensor | None, cells: tuple[int, int] | None) -> dict[str, Tensor]:
     """Weak crops as the loader gives them -> everything a step needs that does not depend on the network.
 
     Masks of unlabeled images are taken at the middle of the cells [h, w] that their losses are computed at.
@@ -508,7 +543,7 @@ def train_stage(config: Config, data: Data, context: Context, subclasses: Subcla
     model = build_model(config, data.info.num_classes)
     subclass_model = DeepLabV3Plus(config.backbone, len(subclasses.parent_of), config.weights) if subclasses else None
     both = USRN(model, subclass_model, config.share, config.pool)
-    cells = cells_of(both, config.crop)
+    cells = cells_of(both, config.crop) if "OST" in on else None
     network = runtime.wrap(both, config, context)
     groups = [group for part in (model, subclass_model) if part for group in part.parameter_groups(config.lr, config.head_lr_multiplier)]
     optimizer = torch.optim.SGD([group for group in groups if group["params"]], momentum=config.momentum, weight_decay=config.weight_decay)

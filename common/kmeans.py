@@ -149,8 +149,13 @@ def priced_assignment(features: Tensor, centroids: Tensor, prices: Tensor) -> tu
         prices = priced_assignment(features[::4], centroids, prices)[1]
         assignment = nearest(features, centroids, prices)
     moves = Moves(features, centroids, assignment, prices)
-    while moves.improve():
-        pass
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of operations too small to share
+    try:
+        while moves.improve():
+            pass
+    finally:
+        torch.set_num_threads(threads)
     return torch.from_numpy(moves.assignment).to(features.device), torch.from_numpy(moves.prices).to(centroids)
 
 
@@ -174,7 +179,8 @@ class Moves:
         self.point = np.zeros((clusters, clusters, listed), np.int64)
         self.known_to = np.full((clusters, clusters), np.inf)
         self.edge = np.full((clusters, clusters), np.inf)  # the least of each list
-        self.rounding = 16 * torch.finfo(centroids.dtype).eps * float((centroids - centroids.mean(dim=0)).square().sum(dim=1).max())
+        # One point's cost differs by so much between a block and a row by itself, from the order of additions.
+        self.rounding = 256 * torch.finfo(centroids.dtype).eps * float((centroids - centroids.mean(dim=0)).square().sum(dim=1).max())
         if self.unbalanced() or rest:
             for cluster in range(clusters):
                 self.list_row(cluster)

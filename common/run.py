@@ -207,15 +207,19 @@ class Run:
         self.stop_signal = number
 
     def release_signals(self) -> None:
-        """For work after the run that has nothing to save: signals end the process again."""
+        """For work after the run that has nothing to save: signals end the process again, also one since the last step."""
+        stopping = self.must_stop(self.config.iterations - 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        if stopping:
+            runtime.finish()
+            sys.exit(128 + stopping)
 
     def must_stop(self, iteration: int) -> int:
-        """The signal to stop for, agreed on by all ranks (on the host, every tenth step), or 0."""
+        """The signal to stop for, agreed on by all ranks (on the host, every tenth step and after the last), or 0."""
         if self.host_group is None:
             return self.stop_signal
-        if (iteration + 1) % 10:
+        if (iteration + 1) % 10 and iteration + 1 < self.config.iterations:
             return 0
         flag = torch.tensor(self.stop_signal)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.host_group)
