@@ -534,7 +534,10 @@ def one_step(network, both, views, parts):
 
 def step_in_float64(context, parts):
     """`one_step` of this rank's part of a batch, in float64: in float32, convolutions of half a batch round differently."""
-    both = make_both(seed=context.rank if context.world_size > 1 else 0, gain=8).double().eval()  # ranks must start from rank 0's weights
+    both = make_both(seed=0, gain=8).double().eval()
+    with torch.no_grad():
+        for parameter in both.parameters():
+            parameter += context.rank  # ranks must start from rank 0's weights
     network = runtime.wrap(both, usrn.Config(), context)
     views = {name: value.chunk(context.world_size)[context.rank] for name, value in draw_views(70, size=4).items()}
     return one_step(network, both, {name: value.double() if value.is_floating_point() else value for name, value in views.items()}, parts)
