@@ -54,7 +54,7 @@ half, and the pixel is left out. Regularization here means that F_sub may veto.
 Eq. 5 thresholds the confidence in one subclass. A class of many subclasses shares its probability among them and is rarely
 above gamma, so that pseudo labels of F_sub are mostly of classes with few. Where clusters are as small as patches of single
 images, which F_sub cannot tell apart, this runs away: on the embedded data with 83 subclasses of 24 images, F_sub ended by
-seeing one small class in 70 % of the pixels and vetoed what was right. Hence our limit on the number of subclasses.
+seeing small classes everywhere and vetoed what was right (README). Hence our limit on the number of subclasses.
 
 Commands
     python usrn.py                                                                          embedded data
