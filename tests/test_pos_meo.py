@@ -1,5 +1,6 @@
 """pos_meo.py against other ways to the same numbers: a search for the shortest vector, autograd.grad, plain loops, daw.py."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -774,17 +775,17 @@ def test_bf16_autocast_gives_float32_gradients(baseline):
 def test_compiled_networks_give_the_same_two_gradients(monkeypatch):
     """By the compiler's front end, which splits forward from backward and frees what it thinks is not needed twice."""
     dynamo, functorch = pytest.importorskip("torch._dynamo"), pytest.importorskip("torch._functorch.config")
-    if hasattr(functorch, "donated_buffer"):
-        monkeypatch.setattr(functorch, "donated_buffer", True)  # PyTorch's default, which must be changed
     compile_fully = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_fully(model, backend="aot_eager"))
     rows = []
-    for compiled in (False, True):
-        config = config_of("unimatch_v1", compile=compiled)
-        model, teacher = make_model(config)
-        network = runtime.wrap(model, config, ALONE, average_gradients=False)
-        assert (network is model) is not compiled
-        rows.append(gradients_of_a_step(config, network, teacher, model)[0])
+    # PyTorch's default, which must be changed; its own patch, as pytest's deletes the option when it ends
+    with functorch.patch(donated_buffer=True) if hasattr(functorch, "donated_buffer") else contextlib.nullcontext():
+        for compiled in (False, True):
+            config = config_of("unimatch_v1", compile=compiled)
+            model, teacher = make_model(config)
+            network = runtime.wrap(model, config, ALONE, average_gradients=False)
+            assert (network is model) is not compiled
+            rows.append(gradients_of_a_step(config, network, teacher, model)[0])
     dynamo.reset()
     torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-5)
 
