@@ -81,5 +81,16 @@ train usrn_IV           usrn.py --model IV
 train usrn              usrn.py
 train usrn_plain_kmeans usrn.py --clustering plain
 
-"$python" -m common.results "$runs"
-echo "pictures: $runs/*/seed*/samples.png, $runs/usrn*/seed*/subclasses/subclasses.png"
+runs=runs/phantom
+train supervised        diffrect.py --model supervised
+train supervised_strong diffrect.py --model supervised --strong-labeled
+train fixmatch          diffrect.py --model fixmatch
+train lcc               diffrect.py --model lcc
+train diffrect_no_s2w   diffrect.py --no-s2w
+train diffrect_no_w2g   diffrect.py --no-w2g
+train diffrect          diffrect.py
+train oracle            diffrect.py --model supervised --labeled all
+
+"$python" -m common.results runs/shapes
+"$python" -m common.results runs/phantom
+echo "pictures: runs/*/*/seed*/samples.png, runs/shapes/usrn*/seed*/subclasses/subclasses.png, runs/phantom/*/seed*/rectified.png"

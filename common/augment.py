@@ -120,7 +120,9 @@ def _per_image(parameter: Tensor) -> Tensor:
 
 
 def _luminance(x: Tensor) -> Tensor:
-    """ITU-R 601 grey [B,1,H,W], with torchvision's digits."""
+    """ITU-R 601 grey [B,1,H,W], with torchvision's digits; grey pictures [B,1,H,W] are their own."""
+    if x.shape[1] == 1:
+        return x
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
@@ -137,6 +139,17 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean grey of each image. factor [B] >= 0; 1 changes nothing."""
     return _blend(x, _luminance(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with a smoothed version: weights 5 in the middle and 1 around it, of 13; the border stays as it is (PIL's filter)."""
+    height, width = x.shape[2:]
+    if min(height, width) < 3:
+        return x
+    around = sum(x[:, :, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
+    smooth = x.clone()
+    smooth[:, :, 1:-1, 1:-1] = (around + 4 * x[:, :, 1:-1, 1:-1]) / 13
+    return _blend(x, smooth, factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:

@@ -11,6 +11,11 @@
     python -m common.evaluate --checkpoint runs/daw/latest.pt --split unlabeled --threshold 0.95 --output results.json
     python -m common.evaluate --checkpoint runs/daw/latest.pt --figure calibration.png
     torchrun --nproc-per-node 4 -m common.evaluate --checkpoint runs/daw/latest.pt
+
+Checkpoints of volumes (diffrect.py) are scored by common.medical: Dice, Jaccard and surface distances of each volume.
+
+    python -m common.evaluate --checkpoint runs/diffrect/best.pt --split test
+    python -m common.evaluate --checkpoint runs/diffrect/best.pt --volumes folder_of_npz_files
 """
 
 import argparse
@@ -23,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common import medical
 from common.augment import normalize
 from common.data import DATASETS, IGNORE, DatasetInfo, load_data
 from common.loading import class_pixels as count_class_pixels
@@ -215,7 +221,7 @@ def _number(value: float) -> float | None:
 
 
 def load_model(path: str | Path, device: torch.device | str, use: str = "best available",
-               steps: int | None = None) -> tuple[Predict, object, DatasetInfo]:
+               steps: int | None = None) -> tuple[Predict, object, DatasetInfo | medical.VolumeInfo]:
     """Checkpoint -> (predict, config, info). `use`: "ema", "model", or the EMA weights where the checkpoint has them.
 
     `steps` replaces the config's number of sampling steps. `info.crop`, the sliding window, is the crop of training.
@@ -225,14 +231,15 @@ def load_model(path: str | Path, device: torch.device | str, use: str = "best av
     method, saved = checkpoint.get("method"), checkpoint.get("config", {})
     if method not in METHODS:
         raise UserError(f"{path} is of an unknown method {method!r}; known are {', '.join(METHODS)}")
-    if saved.get("dataset") not in DATASETS:
-        raise UserError(f"{path} is of an unknown data set {saved.get('dataset')!r}; known are {', '.join(DATASETS)}")
+    known = {**DATASETS, **medical.DATASETS}
+    if saved.get("dataset") not in known:
+        raise UserError(f"{path} is of an unknown data set {saved.get('dataset')!r}; known are {', '.join(known)}")
     choices = {"best available": ("ema", "model"), "ema": ("ema",), "model": ("model",)}[use]
     state = next((checkpoint[name] for name in choices if checkpoint.get(name)), None)
     if state is None:
         raise UserError(f"{path} holds no weights under {' or '.join(choices)}")
 
-    module, info = importlib.import_module(method), DATASETS[saved["dataset"]]
+    module, info = importlib.import_module(method), known[saved["dataset"]]
     fields = {field.name for field in dataclasses.fields(module.Config) if field.init}
     config = module.Config(**{name: value for name, value in saved.items() if name in fields})
     if steps is not None:
@@ -289,11 +296,28 @@ def report(results: dict, info: DatasetInfo, class_pixels: Tensor) -> str:
     return "\n".join(lines)
 
 
+def evaluate_volumes(args: argparse.Namespace, predict: Predict, config, info: medical.VolumeInfo, context: Context) -> None:
+    """The command for a checkpoint of volumes."""
+    if args.mode or args.threshold is not None or args.figure:
+        raise UserError("--mode, --threshold and --figure are for images, not for volumes")
+    files = medical.volumes_in(args.volumes) if args.volumes else getattr(medical.load_volumes(config, context), args.split)
+    if not files:
+        raise UserError(f"{info.name} has no {args.split} list")
+    results = {"checkpoint": args.checkpoint, "split": str(args.volumes or args.split), "released_empty": args.released_empty,
+               **medical.evaluate_volumes(predict, files, info, context, args.released_empty)}
+    if context.is_main:
+        print(medical.report(results))
+        if args.output:
+            write_json(args.output, results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.evaluate", description="Evaluate a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="file written by a method's training")
     parser.add_argument("--data-root", help="folder of the data set, if not where training had it")
-    parser.add_argument("--split", default="val", choices=("val", "tune", "unlabeled"))
+    parser.add_argument("--split", default="val", choices=("val", "test", "tune", "unlabeled"), help="test: volumes only")
+    parser.add_argument("--volumes", type=Path, help="score the volumes in this folder (.npz with labels) instead of a data set's")
+    parser.add_argument("--released-empty", action="store_true", help="volumes: score empty masks as DiffRect's test script (0, HD95 50, ASD 10)")
     parser.add_argument("--mode", choices=MODES, help="default: the data set's protocol")
     parser.add_argument("--threshold", type=float, help="also report the pseudo-labels at or above this confidence")
     parser.add_argument("--steps", type=int, help="sampling steps of diffmatch; default: the checkpoint's")
@@ -309,8 +333,13 @@ def main() -> None:
     predict, config, info = load_model(args.checkpoint, context.device, steps=args.steps)
     if args.data_root:
         config = dataclasses.replace(config, data_root=args.data_root)
+    if isinstance(info, medical.VolumeInfo):
+        evaluate_volumes(args, predict, config, info, context)
+        return
+    if args.volumes or args.released_empty:
+        raise UserError(f"--volumes and --released-empty are for checkpoints of volumes; {args.checkpoint} is of {info.name}")
     data = load_data(config, context)
-    samples, pixels = getattr(data, args.split), count_class_pixels(data)
+    samples, pixels = getattr(data, args.split, None), count_class_pixels(data)
     if not samples or any(sample.mask is None for sample in samples):
         raise UserError(f"{info.name} has no {args.split} images with labels")
     loader = evaluation_loader(samples, data, context, args.num_workers)

@@ -143,7 +143,7 @@ def fill_from_recipe(config: TrainingOptions, method: str, data, context, images
         config.lr = info.lr * config.batch_size / info.batch_size
     per_epoch = max(1, len(data.unlabeled or data.labeled) // config.batch_size)
     if config.iterations is None:
-        config.iterations = (config.epochs or info.epochs) * per_epoch
+        config.iterations = (config.epochs or info.epochs) * per_epoch or info.iterations  # medical recipes count iterations
     config.epochs = None  # `iterations` says it from here on
     config.eval_every = config.eval_every or max(per_epoch, 200)
     config.save_every = config.save_every or config.eval_every

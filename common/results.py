@@ -1,7 +1,7 @@
-"""`python -m common.results FOLDER [--per-class]`: the table of all runs in FOLDER/<row>/seed<k>, or their IoU of each class.
+"""`python -m common.results FOLDER [--per-class]`: the table of all runs in FOLDER/<row>/seed<k>, or their scores of each class.
 
 Rows come in the order in which their runs were last started. A cell is the mean over seeds of the last evaluation, with the standard
-deviation over seeds where there are several; nothing is picked by its validation score.
+deviation over seeds where there are several; nothing is picked by its validation score. Of runs with a test list (volumes), its scores.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from common.runtime import UserError, run_main
 
 COLUMNS = {"miou": "mIoU", "head_miou": "head mIoU", "tail_miou": "tail mIoU", "ece": "ECE"}
+VOLUME_COLUMNS = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "asd": "ASD", "empty_masks": "empty masks"}  # distances in voxels
 
 
 def collect(folder: Path) -> dict[str, list[dict]]:
@@ -40,26 +41,35 @@ def cell(values: list[float]) -> str:
 
 
 def table(rows: dict[str, list[dict]], per_class: bool = False) -> str:
-    """A Markdown table; everything in %."""
-    classes = {name: None for seeds in rows.values() for results in seeds for name in results["last"]["iou"]} if per_class else {}
-    lines = [["run", "seeds", *(classes or COLUMNS.values())]]
-    for row, seeds in rows.items():
-        last = [results["last"] for results in seeds]
+    """A Markdown table; everything in % but distances and numbers. Raises UserError for images and volumes in one folder."""
+    scores = {row: [results.get("test") or results["last"] for results in seeds] for row, seeds in rows.items()}
+    of_volumes = {"dice" in entry for entries in scores.values() for entry in entries}
+    if len(of_volumes) > 1:
+        raise UserError("there are runs on images and on volumes: put them into folders of their own")
+    names = VOLUME_COLUMNS if of_volumes == {True} else COLUMNS
+    classes = {name: None for entries in scores.values() for entry in entries for name in class_scores(entry)} if per_class else {}
+    lines = [["run", "seeds", *(classes or names.values())]]
+    for row, entries in scores.items():
         if per_class:
-            columns = [[entry["iou"][name] for entry in last if entry["iou"].get(name) is not None] for name in classes]
+            columns = [[class_scores(entry)[name] for entry in entries if class_scores(entry).get(name) is not None] for name in classes]
         else:
-            columns = [[entry[name] * (100 if name == "ece" else 1) for entry in last if entry[name] is not None] for name in COLUMNS]
-        lines.append([row, str(len(seeds)), *(cell(values) if values else "-" for values in columns)])
+            columns = [[entry[name] * (100 if name == "ece" else 1) for entry in entries if entry[name] is not None] for name in names]
+        lines.append([row, str(len(entries)), *(cell(values) if values else "-" for values in columns)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["| " + " | ".join(entry.ljust(width) for entry, width in zip(line, widths)) + " |" for line in lines]
     return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+
+
+def class_scores(entry: dict) -> dict[str, float | None]:
+    """Of each class: IoU, or Dice where volumes were scored."""
+    return entry["iou"] if "iou" in entry else {name: values["dice"] for name, values in entry["per_class"].items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.results", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--per-class", action="store_true", help="IoU of each class instead of the means")
+    parser.add_argument("--per-class", action="store_true", help="IoU (volumes: Dice) of each class instead of the means")
     args = parser.parse_args()
     print(table(collect(args.folder), args.per_class))
 

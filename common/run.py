@@ -2,7 +2,7 @@
 
 A run folder holds
     config.json      every option as it was resolved      metrics.jsonl   a line per log interval and evaluation
-    latest.pt        everything needed to go on           best.pt         the weights of the best validation mIoU
+    latest.pt        everything needed to go on           best.pt         the weights of the best evaluation (mIoU, or Dice)
     results.json     the last and the best evaluation     samples.png     image | label | prediction
 """
 
@@ -31,11 +31,11 @@ from common.runtime import Context, UserError
 class Run:
     """`state` names everything that a checkpoint must restore: objects with state_dict and load_state_dict.
 
-    state["model"] is required; state["ema"], if there, is what is evaluated and predicted with.
+    state["model"] is required; state["ema"], if there, is what is evaluated and predicted with. `metric`, in %, of an evaluation says which is best.
     """
 
-    def __init__(self, method: str, config, context: Context, state: dict, images_per_step: int | None = None):
-        self.method, self.config, self.context, self.state = method, config, context, state
+    def __init__(self, method: str, config, context: Context, state: dict, images_per_step: int | None = None, metric: str = "miou"):
+        self.method, self.config, self.context, self.state, self.metric = method, config, context, state, metric
         self.images_per_step = images_per_step or 2 * config.batch_size  # labeled and unlabeled
         self.folder = Path(config.output)
         self.best: dict | None = None
@@ -161,17 +161,25 @@ class Run:
         """Keep an evaluation: log it, write results.json, and best.pt if it is the best so far."""
         self.evaluating += time.monotonic() - self.evaluation_started
         self.last = {"iteration": iteration + 1, **results}
-        if results["miou"] is None:
+        value = results[self.metric]
+        if value is None:
             raise UserError("no pixel of the validation list has a label: nothing to evaluate")
-        is_best = self.best is None or results["miou"] > self.best["miou"]
+        is_best = self.best is None or value > self.best[self.metric]
         if is_best:
             self.best = self.last
         if self.context.is_main:
             self.write_line({name: value for name, value in self.last.items() if isinstance(value, (int, float))})
-            self.say(f"iteration {iteration + 1}: mIoU {results['miou']:.2f} (best {self.best['miou']:.2f} at {self.best['iteration']})")
+            name = {"miou": "mIoU", "dice": "Dice"}[self.metric]
+            self.say(f"iteration {iteration + 1}: {name} {value:.2f} (best {self.best[self.metric]:.2f} at {self.best['iteration']})")
             write_json(self.folder / "results.json", {"method": self.method, "last": self.last, "best": self.best})
             if is_best:
                 self.write_checkpoint("best.pt", {"model": self.evaluated_model.state_dict(), "iteration": iteration + 1})
+
+    def note_test(self, results: dict) -> None:
+        """Add an evaluation of the last weights on a test list to results.json."""
+        if self.context.is_main:
+            self.say(f"test list: {', '.join(f'{name} {value:.2f}' for name, value in results.items() if isinstance(value, float))}")
+            write_json(self.folder / "results.json", {"method": self.method, "last": self.last, "best": self.best, "test": results})
 
     def end_of_step(self, iteration: int) -> None:
         """Save where it is time to; stop in good order after SIGTERM or Ctrl-C."""

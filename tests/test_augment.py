@@ -353,3 +353,27 @@ def test_cuda_agrees_with_cpu_and_does_not_wait():
     ):
         on_gpu = operation(*(argument.cuda() for argument in arguments)).cpu()
         torch.testing.assert_close(on_gpu, operation(*arguments), atol=1e-5, rtol=0)
+
+
+# ---- pictures of one channel, and sharpness ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("height, width", [(24, 31), (3, 3), (4, 3), (2, 9), (9, 2), (1, 1)])  # a side below 3 has no middle to smooth
+def test_brightness_contrast_and_sharpness_of_any_channels_agree_with_torchvision_image_by_image(channels, height, width):
+    x = images(6, 24, 31)[:, :channels, -height:, -width:].contiguous()
+    before, factors = x.clone(), (0.0, 0.3, 0.8, 1.0, 1.4, 2.5)
+    for name in ("brightness", "contrast", "sharpness"):
+        ours, theirs = getattr(augment, f"adjust_{name}"), getattr(reference, f"adjust_{name}")
+        out = ours(x, torch.tensor(factors))
+        want = torch.stack([theirs(image, factor) for image, factor in zip(x, factors)])
+        torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(x, before, atol=0, rtol=0)
+    sharp = augment.adjust_sharpness(x, torch.tensor(factors))
+    assert torch.equal(sharp[0], x[0]) and torch.equal(sharp[3], x[3])  # an image of one grey, and factor 1
+    assert torch.equal(sharp[:, :, 0], x[:, :, 0]) and (min(height, width) < 3 or not torch.equal(sharp[1], x[1]))
+
+
+def test_one_channel_is_blurred_as_three_equal_ones():
+    x, sigma = images()[:, :1], torch.tensor([0.1, 0.3, 0.6, 1, 1.5, 2])
+    assert torch.equal(augment.gaussian_blur(x.expand(-1, 3, -1, -1), sigma)[:, :1], augment.gaussian_blur(x, sigma))
