@@ -23,6 +23,8 @@ turns the weak view's pseudo labels of unlabeled slices into better ones, which 
                                                  max > 0.8, which is nearly masks that are embedded are the plain argmax
                                                  everywhere; else
                                                  background
+    loss on pseudo    as FixMatch                CE + Dice                  CE; Dice let small wrong regions grow on the phantom
+    labels                                                                  (--pseudo-dice: released)
     complementary     -                          least likely class of weak -
     loss                                         view, in all FixMatch
                                                  losses
@@ -112,7 +114,7 @@ TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
 @dataclass
 class Config(TrainingOptions):
     dataset: str = option("phantom", "phantom, phantom_large (embedded, made on first use), acdc, mscmrseg or prostate (converted by python -m common.medical prepare)")
-    labeled: str | None = option(None, "labeled patients: the first so many of train.txt, or all; 3_split1 takes train_split1.txt; default: "
+    labeled: str | None = option(None, "labeled patients: the first so many of train.txt, or all; 3_split2 takes train_split2.txt; default: "
                                        "phantom 3, acdc and mscmrseg 7, prostate 2")
     labeled_list: str | None = option(None, "a file with the labeled volumes instead: a patient and a volume a line")
     unlabeled_list: str | None = option(None, "a file with the volumes to learn from without labels, likewise; default: all others of train.txt")
@@ -133,6 +135,7 @@ class Config(TrainingOptions):
     guidance: str = option("dice", "calibration guidance (CG, Table 5)", choices=("dice", "jaccard", "both", "fixed", "random", "none"))
     decoder: str = option("unet", "from the latent to the rectified label: unet (released code) or upsample (Section 2.3)", choices=("unet", "upsample"))
     threshold: float | None = option(None, "confidence from which a pseudo label is learned from (not a rectified one); default: 0.8")
+    pseudo_dice: bool = option(False, "add Dice to the losses on pseudo labels, as the released code")
     consistency: float | None = option(None, "weight of the losses on pseudo labels after its ramp; default: 0.1, phantom 1")
     rampup: int | None = option(None, "iterations in which that weight rises; default: all, phantom the first 30 %")
     warmup: int | None = option(None, "iterations before rectified labels are learned from; default: 1,000 of 30,000, phantom 30 %")
@@ -237,19 +240,21 @@ def over_ranks(sums: Tensor) -> Tensor:
     return sums if world == 1 else sums * world + (runtime.all_reduce_sum(sums.detach().clone()) - sums.detach() * world)
 
 
-def cross_entropy_and_dice(logits: Tensor, label: Tensor, used: Tensor, count: Tensor) -> Tensor:
-    """CE + Dice of Eq. 14 and of all losses on masks: logits [B, C, H, W], label int64 [B, H, W], used bool [B, H, W].
+def cross_entropy(logits: Tensor, label: Tensor, used: Tensor, count: Tensor) -> Tensor:
+    """Over the pixels that are `used`, bool [B, H, W], divided by `count` as `pixel_counts` gives it: logits [B, C, H, W], label int64 [B, H, W]."""
+    label = torch.where(used, label, 0)  # of ignored ones too, which no class has
+    return (F.cross_entropy(logits.float(), label, reduction="none") * used).sum() / count
 
-    CE is divided by `count` pixels, as `pixel_counts` gives them. Dice has squares in the denominator (V-Net), sums over the batch of all ranks
-    and is a mean over classes, background included.
+
+def cross_entropy_and_dice(logits: Tensor, label: Tensor, used: Tensor, count: Tensor) -> Tensor:
+    """CE + Dice of Eq. 14 and on labeled slices; arguments as above.
+
+    Dice has squares in the denominator (V-Net), sums over the batch of all ranks and is a mean over classes, background included.
     """
-    logits, used = logits.float(), used.float()
-    label = torch.where(label < logits.shape[1], label, 0)  # ignored ones, which are not used
-    cross_entropy = (F.cross_entropy(logits, label, reduction="none") * used).sum() / count
-    probs = logits.softmax(dim=1) * used[:, None]
-    truth = F.one_hot(label, logits.shape[1]).permute(0, 3, 1, 2) * used[:, None]
+    probs = logits.float().softmax(dim=1) * used[:, None]
+    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).permute(0, 3, 1, 2) * used[:, None]
     both, total = over_ranks(torch.stack([(probs * truth).sum((0, 2, 3)), (probs.square() + truth).sum((0, 2, 3))]))
-    return cross_entropy + (1 - (2 * both + 1e-5) / (total + 1e-5)).mean()
+    return cross_entropy(logits, label, used, count) + (1 - (2 * both + 1e-5) / (total + 1e-5)).mean()
 
 
 # ================================================================ networks
@@ -591,12 +596,17 @@ def rectifier_loss(network, masks: dict, views: dict, counts: dict, colors: Tens
         loss = loss + config.lambda_l * terms["loss_latent_l"]
     if config.s2w:
         used = confident(outputs["weak"], views["valid"], config.threshold)
-        terms["loss_decoded_u"] = cross_entropy_and_dice(logits[labeled:], masks["weak"], used, counts["valid"])
+        terms["loss_decoded_u"] = pseudo_label_loss(config)(logits[labeled:], masks["weak"], used, counts["valid"])
         loss = loss + weight * terms["loss_decoded_u"]
         if config.model == "diffrect":
             terms["loss_latent_u"] = latent[labeled:].mean()  # Eq. 9
             loss = loss + config.lambda_u * terms["loss_latent_u"]
     return loss, {"loss_rectifier": loss, **terms}
+
+
+def pseudo_label_loss(config: Config):
+    """What FixMatch's term is: cross entropy, or with Dice."""
+    return cross_entropy_and_dice if config.pseudo_dice else cross_entropy
 
 
 @torch.no_grad()
@@ -613,7 +623,7 @@ def segmentation_loss(outputs: dict, views: dict, counts: dict, rectified: Tenso
     if config.model == "supervised":
         return loss, {"loss": loss, **terms}
     pseudo_label, used = outputs["weak"].detach().argmax(dim=1), confident(outputs["weak"], views["valid"], config.threshold)
-    terms["loss_unsup"] = cross_entropy_and_dice(outputs["strong"], pseudo_label, used, counts["valid"])  # FixMatch
+    terms["loss_unsup"] = pseudo_label_loss(config)(outputs["strong"], pseudo_label, used, counts["valid"])
     loss = loss + weight * terms["loss_unsup"]
     terms["used"] = used.sum() / counts["valid"]
     learned = pseudo_label if rectified is None else rectified

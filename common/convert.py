@@ -127,19 +127,22 @@ def prepare(dataset: str, source: Path, root: Path, download: bool = False, work
 
 
 def files_below(source: Path) -> list[Path]:
-    """Every file but hidden ones, such as the ._ doubles that macOS leaves. Linked folders are entered, each once."""
+    """Every file; linked folders are entered, each once."""
     files, seen = [], set()
     for folder, folders, names in os.walk(source, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        files += [Path(folder) / name for name in names if not name.startswith(".")]
+        files += [Path(folder) / name for name in names]
     return sorted(files)
 
 
 def matches(files: list[Path], pattern: str, folder: str | None = None) -> dict[tuple, Path]:
-    """The files whose whole name matches, in a folder of that name if given: {groups as numbers: path}. UserError if two have the same groups."""
+    """The files whose whole name matches (so not the ._ doubles that macOS leaves), in a `folder` of that name: {groups as numbers: path}.
+
+    Raises UserError if two files have the same groups.
+    """
     found: dict[tuple, Path] = {}
     for path in files:
         match = re.fullmatch(pattern, path.name, re.IGNORECASE) if folder in (None, path.parent.name) else None
@@ -405,7 +408,6 @@ def convert_all(dataset: str, items: list[Item], root: Path, workers: int | None
     for count, (item, result) in enumerate(run_jobs(todo, paths, min(workers or default_workers(), len(todo))), 1):
         if isinstance(result, str):
             problems.append((item.volume, result))
-            done.pop(item.volume, None)
         else:
             done[item.volume] = result
         if count == len(todo) or time.monotonic() - saved > 0.25:  # what a killed run repeats at most

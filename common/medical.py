@@ -220,7 +220,7 @@ def load_volumes(config, context: Context) -> VolumeData:
         chosen = set(patients[: int(count)])
         labeled = [file for file in train if file.patient in chosen]
     else:
-        raise UserError(f"--labeled {config.labeled}: {info.name} takes 1 to {len(patients)} patients or all, with another choice of them as in 3_split1")
+        raise UserError(f"--labeled {config.labeled}: {info.name} takes 1 to {len(patients)} patients or all, from train_splitK.txt as in 3_split2")
     known = {file.patient for file in labeled}
     pool = read_list(Path(config.unlabeled_list), root) if config.unlabeled_list else train
     data = VolumeData(info, root, labeled, [file for file in pool if file.patient not in known], val, test)

@@ -1,5 +1,6 @@
 """common/convert.py: real data sets as their owners give them out, damaged ones, and runs that end in the middle."""
 
+import concurrent.futures
 import gzip
 import hashlib
 import io
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -660,11 +662,13 @@ def test_only_what_changed_is_converted_again(lge, tmp_path, capsys):
     assert_volume(root / "volumes" / "patient8_LGE.npz", 8, {0: 0, 200: 2, 500: 3, 600: 1})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 0, "dataset": "mscmrseg", "volumes": {}}', '{"format": 1, "dataset": "mscmrseg"}'])
-def test_a_damaged_manifest_costs_time_only(content, lge, tmp_path, capsys):
+@pytest.mark.parametrize("change", [lambda text: "", lambda text: text[:-9], lambda text: "[]", lambda text: text.replace('"volumes"', '"files"'),
+                                    lambda text: text.replace('"format": 1', '"format": 0')], ids=["empty", "cut", "list", "foreign", "older"])
+def test_a_damaged_or_older_manifest_costs_time_only(change, lge, tmp_path, capsys):
     prepare("mscmrseg", lge, tmp_path / "data", workers=1)
-    before = times(tmp_path / "data")
-    (tmp_path / "data" / "prepare.json").write_text(content)
+    before, path = times(tmp_path / "data"), tmp_path / "data" / "prepare.json"
+    assert change(path.read_text()) != path.read_text()
+    path.write_text(change(path.read_text()))
     prepare("mscmrseg", lge, tmp_path / "data", workers=1)
     assert "0 converted before, 12 to convert" in capsys.readouterr().out and all(times(tmp_path / "data")[name] != before[name] for name in before)
 
@@ -696,6 +700,34 @@ def test_progress_off_a_terminal_is_a_line_each_tenth(tmp_path, capsys):
     text = capsys.readouterr().out
     assert re.findall(r"converted (\d+) of 40", text) == [str(count) for count in range(4, 41, 4)] and "\r" not in text
     assert len(text.splitlines()) < 24
+
+
+def test_progress_on_a_terminal_stays_on_its_line(lge, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    prepare("mscmrseg", lge, tmp_path / "data", workers=1)
+    shown = [line for line in capsys.readouterr().out.split("\n") if "\r" in line]
+    assert len(shown) == 1 and shown[0].count("\r") == 12 and shown[0].endswith("converted 12 of 12")
+
+
+def test_a_worker_that_dies_is_explained(lge, tmp_path, monkeypatch):
+    class Pool:
+        def __init__(self, *arguments, **options):
+            self.futures = []
+
+        def submit(self, function, *arguments):
+            self.futures.append(concurrent.futures.Future())
+            if len(self.futures) < 4:
+                self.futures[-1].set_result(function(*arguments))
+            else:
+                self.futures[-1].set_exception(BrokenProcessPool("A process in the pool was terminated abruptly"))
+            return self.futures[-1]
+
+        def shutdown(self, cancel_futures: bool) -> None:
+            pass
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    message = error_of("mscmrseg", lge, tmp_path / "data", workers=2)
+    assert "memory" in message and "--workers 1" in message and not (tmp_path / "data" / "lists").exists()
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
