@@ -139,7 +139,7 @@ class Config(TrainingOptions):
     consistency: float | None = option(None, "weight of the losses on pseudo labels after its ramp; default: 0.1, phantom 1")
     rampup: int | None = option(None, "iterations in which that weight rises; default: all, phantom the first 30 %")
     warmup: int | None = option(None, "iterations before rectified labels are learned from; default: 1,000 of 30,000, phantom 30 %")
-    rectify_weight: float = option(1.0, "weight of the loss on rectified labels, Eq. 13")
+    rectify_weight: float | None = option(None, "weight of the loss on rectified labels, Eq. 13; default: 1, phantom 0.3")
     lambda_u: float = option(1.0, "lambda_1 of Eq. 13: the latent loss on unlabeled slices")
     lambda_l: float = option(1.0, "lambda_2 of Eq. 13: the latent loss on labeled slices")
     diffusion_steps: int = option(10, "T, steps of the forward diffusion")
@@ -527,7 +527,7 @@ def train(config: Config) -> dict:
 def check(config: Config, data: medical.VolumeData, context: runtime.Context) -> None:
     """Fill in what the shared options do not know, and raise UserError for values that no run could use."""
     info, own = data.info, {"rectifier_lr": config.lr}
-    own |= {name: getattr(info, name) for name in ("threshold", "consistency", "channels")}
+    own |= {name: getattr(info, name) for name in ("threshold", "consistency", "channels", "rectify_weight")}
     own |= {name: round(getattr(info, name) * config.iterations) for name in ("rampup", "warmup")}
     for name, value in own.items():
         if getattr(config, name) is None:

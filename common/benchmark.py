@@ -1,4 +1,4 @@
-"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies|sampling|kmeans`.
+"""Speed and memory, measured side by side in one run: `python -m common.benchmark loader|step|strategies|sampling|kmeans|rectification`.
 
     loader       unlabeled training samples a second on one core, from 500x375 JPEG files as PASCAL VOC's. With
                  `--released FOLDER`, a checkout of LiheYoung/UniMatch, its loader takes turns with ours.
@@ -8,6 +8,7 @@
                  denoising steps beside DeepLabv3+ alone, one image at a time.
     kmeans       usrn.py's balanced k-means on `--points` made-up features: time, peak memory, objective. Before it, on
                  `--reference-points` of them, beside k-means-constrained (PyPI), if that is installed: same points, one start.
+    rectification  a training step of diffrect.py beside one without its rectifier (fixmatch), and the colouring: `--crop 256 --batch 3`.
 
 Timings are medians over rounds that take turns, so that a busy machine slows all candidates alike: use the ratios.
 """
@@ -30,7 +31,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import kmeans, runtime
+from common import kmeans, medical, runtime
 from common.data import DATASETS, Data, Sample
 from common.deeplab import DeepLabV3Plus
 from common.loading import TrainingSet
@@ -235,6 +236,50 @@ def sampling(backbone: str, crop: int, batch: int, rounds: int, device: str | No
     print("   ".join(f"{name} {1 / seconds[name]:.2f}/s" for name in candidates if name not in ("extractor", "denoiser")))
 
 
+def rectification(backbone: str, crop: int, batch: int, rounds: int, device: str | None, options: list[str]) -> None:
+    import diffrect
+
+    context = runtime.start(device)
+    device, classes, info = context.device, 4, dataclasses.replace(medical.DATASETS["acdc"], crop=crop)
+    config = diffrect.parse(diffrect.Config, ["--dataset", "acdc", *options])
+    config.threshold, config.channels = info.threshold, config.channels or info.channels
+    model, rectifier = diffrect.build_model(config, classes), diffrect.Rectifier(classes, config.channels)
+    networks = [runtime.wrap(module, config, context) for module in (model, rectifier)]
+    optimizers = [torch.optim.SGD(module.parameters(), 0.01, 0.9) for module in (model, rectifier)]
+    part = {name: value[:, :1] if value.dim() == 4 else value for name, value in random_batch(batch, crop, classes, device).items()}
+    colors = diffrect.semantic_colors(classes).to(device)
+
+    def rectify(outputs: dict, views: dict, counts: dict) -> torch.Tensor:
+        masks = diffrect.embedded_masks(outputs, views)
+        with runtime.autocast(config, device):
+            loss, _ = diffrect.rectifier_loss(networks[1], masks, views, counts, colors, outputs, 0.1, config)
+        loss.backward()
+        update(1)
+        with runtime.autocast(config, device):
+            return rectifier.rectify(diffrect.color_masks(masks["weak"], colors), views["weak"], masks["tau_u"], config.sampling_steps, config.eta)
+
+    def update(number: int) -> None:
+        optimizers[number].step()
+        optimizers[number].zero_grad(set_to_none=True)
+
+    def step(config) -> None:
+        views = diffrect.make_views(part, config, info)
+        counts = runtime.pixel_counts([views])
+        with runtime.autocast(config, device):
+            outputs = diffrect.forward_views(networks[0], views, config)
+        rectified = rectify(outputs, views, counts) if config.model == "diffrect" else None
+        diffrect.segmentation_loss(outputs, views, counts, rectified, 0.1, config)[0].backward()
+        update(0)
+
+    baseline = dataclasses.replace(config, model="fixmatch")
+    labels = part["label"].long()
+    candidates = {"step": lambda: step(config), "fixmatch": lambda: step(baseline), "colouring": lambda: diffrect.color_masks(labels, colors)}
+    seconds = median_seconds(candidates, rounds, device)
+    print(f"{crop}x{crop}, {batch} labeled + {batch} unlabeled, {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    print(f"step {1000 * seconds['step']:.0f} ms, without rectifier {1000 * seconds['fixmatch']:.0f} ms, colouring of {batch} masks "
+          f"{1000 * seconds['colouring']:.1f} ms, peak memory {peak_memory(device):.2f} GiB")
+
+
 # ---------------------------------------------------------------- clustering
 
 
@@ -286,7 +331,7 @@ def clustering(points: int, reference_points: int, clusters: int, channels: int)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loader", "step", "strategies", "sampling", "kmeans"))
+    parser.add_argument("what", choices=("loader", "step", "strategies", "sampling", "kmeans", "rectification"))
     parser.add_argument("--released", type=Path, help="loader: a checkout of LiheYoung/UniMatch to measure beside ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backbone", default="resnet50")
@@ -303,7 +348,7 @@ def main() -> None:
     elif args.what == "kmeans":
         clustering(args.points, args.reference_points, args.clusters, args.channels)
     else:
-        {"step": step, "strategies": strategies, "sampling": sampling}[args.what](args.backbone, args.crop, args.batch, args.rounds, args.device, options)
+        {"step": step, "strategies": strategies, "sampling": sampling, "rectification": rectification}[args.what](args.backbone, args.crop, args.batch, args.rounds, args.device, options)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ class VolumeInfo:
     consistency: float  # weight of the loss on pseudo labels after its ramp
     rampup: float  # share of the training over which that weight rises
     warmup: float  # share of the training before rectified labels are learned from
+    rectify_weight: float  # of the loss on rectified labels
     adjust: tuple[float, float]  # strong view: range of the factors of contrast, sharpness and brightness
     blur: tuple[float, float]  # strong view: range of sigma, pixels
     unlabeled_truth: bool = False  # whether truth of unlabeled slices may be read, for logging only
@@ -74,18 +75,18 @@ class VolumeInfo:
 def published(name: str, classes: tuple[str, ...], labeled: str) -> VolumeInfo:
     """The paper's recipe; the strengths of the strong view are those of the released code."""
     return VolumeInfo(name, classes, labeled, crop=256, channels=16, batch_size=3, lr=0.01, iterations=30_000, threshold=0.8, consistency=0.1,
-                      rampup=1.0, warmup=1 / 30, adjust=(1.0, 1.1), blur=(0.1, 1.0))
+                      rampup=1.0, warmup=1 / 30, rectify_weight=1.0, adjust=(1.0, 1.1), blur=(0.1, 1.0))
 
 
 def embedded(name: str, crop: int, channels: int, iterations: int) -> VolumeInfo:
     return VolumeInfo(name, CARDIAC, "3", crop=crop, channels=channels, batch_size=4, lr=0.02, iterations=iterations, threshold=0.8,
-                      consistency=1.0, rampup=0.3, warmup=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0), unlabeled_truth=True)
+                      consistency=1.0, rampup=0.3, warmup=0.3, rectify_weight=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0), unlabeled_truth=True)
 
 
 DATASETS = {
     info.name: info
     for info in (
-        embedded("phantom", crop=64, channels=8, iterations=1500),
+        embedded("phantom", crop=64, channels=8, iterations=1200),
         embedded("phantom_large", crop=128, channels=16, iterations=10_000),
         published("acdc", CARDIAC, "7"),
         published("mscmrseg", CARDIAC, "7"),

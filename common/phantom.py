@@ -14,18 +14,15 @@ It is a drawing, not a simulation of MR, and its hearts are small: about half th
 """
 
 import argparse
-import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from common.runtime import UserError, run_main
-from common.synthetic import already_there, smooth_field
+from common.runtime import run_main
+from common.synthetic import publish, smooth_field
 
 CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")  # the index is the label, as in ACDC
 RV, MYOCARDIUM, LV = 1, 2, 3
@@ -303,28 +300,10 @@ def generate(root: Path, variant: str) -> None:
     """Write the data set to `root`; do nothing if it is already there.
 
     volumes/patientNNN_ED.npz and _ES.npz (see common.medical), lists/{train, val, test, train_split1, ...}.txt with lines
-    "<patient> <volume>", classes.txt, generator.json. The folder appears at once, complete; of several processes that start
-    together one wins and the others agree. Raises UserError if root holds anything else or cannot be written, KeyError for
-    an unknown variant.
+    "<patient> <volume>", classes.txt, generator.json. Raises UserError if root holds anything else or cannot be written,
+    KeyError for an unknown variant.
     """
-    root = Path(root).resolve()
-    text = json.dumps({"format": FORMAT, "name": variant, "dials": asdict(VARIANTS[variant])}, indent=1) + "\n"
-    wanted = json.loads(text)  # as it reads back: tuples are lists
-    if already_there(root, wanted):
-        return
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
-            folder = Path(temporary) / "data"  # a level below, because only its owner can read the temporary folder
-            write_files(folder, VARIANTS[variant])
-            (folder / "generator.json").write_text(text)
-            try:
-                os.rename(folder, root)
-            except OSError:  # another process was faster
-                if not already_there(root, wanted):
-                    raise
-    except OSError as error:
-        raise UserError(f"cannot write {root}: {error.strerror or error}; choose another folder") from error
+    publish(Path(root), {"format": FORMAT, "name": variant, "dials": asdict(VARIANTS[variant])}, lambda folder: write_files(folder, VARIANTS[variant]))
 
 
 def write_files(folder: Path, phantom: Phantom) -> None:

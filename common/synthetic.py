@@ -237,32 +237,42 @@ def already_there(root: Path, wanted: dict) -> bool:
     return True
 
 
+def publish(root: Path, generator: dict, write) -> None:
+    """`write(folder)` fills `root`, unless what `generator` (format, name, dials) describes is there already.
+
+    The folder appears at once, complete with generator.json; of several processes that start together one wins and the others agree. Raises
+    UserError if root holds anything else or cannot be written.
+    """
+    root = root.resolve()
+    text = json.dumps(generator, indent=1) + "\n"
+    wanted = json.loads(text)  # as it reads back: tuples are lists
+    if already_there(root, wanted):
+        return
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
+            folder = Path(temporary) / "data"  # a level below, because only its owner can read the temporary folder
+            write(folder)
+            (folder / "generator.json").write_text(text)
+            try:
+                os.rename(folder, root)
+            except OSError:  # another process was faster
+                if not already_there(root, wanted):
+                    raise
+    except OSError as error:
+        raise UserError(f"cannot write {root}: {error.strerror or error}; choose another folder") from error
+
+
 def generate(root: Path | str, variant: Variant | str, name: str | None = None) -> None:
     """Write the data set to `root` in VOC's layout, with labeled lists; do nothing if it is already there.
 
     JPEGImages/<id>.jpg, SegmentationClass/<id>.png (palette, 255 on borders), ImageSets/Segmentation/{train, val, tune,
     labeled_12, labeled_12_split1, ...}.txt, classes.txt, generator.json. `name` is noted in generator.json only.
-    The folder appears at once, complete; of several processes that start together one wins and the others agree.
-    Raises UserError if root holds anything else, KeyError for an unknown variant.
+    Raises UserError if root holds anything else or cannot be written, KeyError for an unknown variant.
     """
     if isinstance(variant, str):
         name, variant = name or variant, VARIANTS[variant]
-    root = Path(root).resolve()
-    wanted = {"format": FORMAT, "name": name or "custom", "dials": asdict(variant)}
-    text = json.dumps(wanted, indent=1) + "\n"
-    wanted = json.loads(text)  # as it reads back: tuples are lists
-    if already_there(root, wanted):
-        return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
-        folder = Path(temporary) / "data"  # a level below, because only its owner can read the temporary folder
-        write_voc(folder, variant)
-        (folder / "generator.json").write_text(text)
-        try:
-            os.rename(folder, root)
-        except OSError:  # another process was faster
-            if not already_there(root, wanted):
-                raise
+    publish(Path(root), {"format": FORMAT, "name": name or "custom", "dials": asdict(variant)}, lambda folder: write_voc(folder, variant))
 
 
 def write_voc(folder: Path, variant: Variant) -> None:

@@ -246,14 +246,14 @@ def test_the_network_sees_bytes_and_its_logits_are_resized_before_the_argmax():
 
     def predict(slices):
         seen.append(slices)
-        logits = torch.zeros(1, 3, 4, 4)  # class 1 wins on the left, 2 on the right; halfway between the second and third column both lose
-        logits[:, 1, :, 1], logits[:, 2, :, 2], logits[:, 0] = 1.0, 1.0, 0.6
+        logits = torch.zeros(1, 3, 4, 4)  # class 1 wins in the second column, class 2 in the third
+        logits[:, 1, :, 1], logits[:, 2, :, 2], logits[:, 0] = 1.0, 1.0, 0.8
         return logits
 
-    label = medical.segment_volume(predict, np.full((1, 8, 8), 0.35, np.float32), 4, CPU)
+    label = medical.segment_volume(predict, np.full((1, 8, 12), 0.35, np.float32), 4, CPU)
     assert torch.equal(seen[0], torch.full((1, 1, 4, 4), 89 / 255))  # 89.25 of 255
-    # Bilinear by hand: class 1's weights are 0, .25, .75, .75, .25, 0 around columns 2 to 5 of 8.
-    assert np.array_equal(label[0], np.tile([0, 0, 1, 1, 2, 2, 0, 0], (8, 1)))
+    # Class 1 at columns 2 to 6 of 12: 1/3, 2/3, 1, 2/3, 1/3; class 0 is at 0.8 everywhere.
+    assert np.array_equal(label[0], np.tile([0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0], (8, 1)))
 
 
 # ---------------------------------------------------------------- weak views
@@ -414,6 +414,16 @@ def test_samples_depend_neither_on_ranks_nor_on_workers_nor_on_a_restart(slices)
     assert_same_batches([{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*parts)], whole)
     assert len(parts[0][0]["labeled"]) == 2
     assert any(not torch.equal(a["unlabeled"], b["unlabeled"]) for a, b in zip(batches(slices, seed=6), whole))
+
+
+def test_a_slice_has_another_view_each_time_and_in_each_stream():
+    noise = np.random.default_rng(0).integers(0, 256, (1, 16, 16)).astype(np.uint8)
+    views = medical.SliceSet((Slices(noise, noise), Slices(noise, None)), seed=5)
+    seen = [[views[stream, 0, position]["image"].numpy().tobytes() for position in range(16)] for stream in (0, 1)]
+    assert len(set(seen[0])) > 6 and len(set(seen[1])) > 6 and sum(a == b for a, b in zip(*seen)) < 8  # half are turned, the others one of 4 flips
+    assert seen[0] == [views[0, 0, position]["image"].numpy().tobytes() for position in range(16)]
+    item = views[1, 0, 0]
+    assert item.keys() == {"image", "valid", "stream"} and item["stream"] == 1 and views[0, 0, 0].keys() == {"image", "valid", "stream", "label"}
 
 
 # ---------------------------------------------------------------- lists
