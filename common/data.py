@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import synthetic
 from common.augment import IGNORE
-from common.files import write_atomically
+from common.files import read_text, write_atomically
 from common.runtime import Context, UserError, main_first
 
 VOC_CLASSES = (
@@ -241,7 +241,7 @@ def read_list(path: Path) -> list[Sample]:
     if not path.is_file():
         raise UserError(f"no list at {path}")
     samples, seen = [], set()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
         if not words:
             continue

@@ -31,6 +31,14 @@ def write_atomically(path: Path, write) -> None:
             temporary.unlink()
 
 
+def read_text(path: Path) -> str:
+    """Raises UserError for a file that is not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
+
+
 def write_json(path: Path, value) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n"))
 

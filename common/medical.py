@@ -15,8 +15,6 @@ Training sees single slices, resized to a square and rounded to 8 bits; loader w
 
 import argparse
 import dataclasses
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import phantom, surface, synthetic
 from common.augment import IGNORE
-from common.files import write_atomically
+from common.files import read_text, write_atomically
 from common.loading import TrainingBatches, collate_training, loader
 from common.pictures import sample_grid
 from common.runtime import Context, UserError, all_reduce_sum, main_first, run_main
@@ -135,14 +133,16 @@ def read_volume(path: Path, num_classes: int | None = None) -> Volume:
         raise UserError(f"no volume at {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("image", "label", "spacing") if name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:  # numpy raises each for damaged files
-        raise UserError(f"cannot read the volume {path}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from error
+            arrays = {name: np.asarray(file[name]) for name in ("image", "label", "spacing") if name in file.files}
+    except Exception as error:  # a damaged or foreign file can raise anything; each means the same to the user
+        raise UserError(f"cannot read the volume {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     if "image" not in arrays:
         raise UserError(f"{path} holds no array named image")
     image, label, spacing = arrays["image"], arrays.get("label"), arrays.get("spacing")
     if image.ndim != 3 or image.size == 0 or image.dtype.kind not in "fiub":
         raise UserError(f"{path}: image must be numbers [slices, height, width], not {image.dtype} {list(image.shape)}")
+    with np.errstate(over="ignore"):
+        image = image.astype(np.float32)
     if not np.isfinite(image).all():
         raise UserError(f"{path}: the image holds values that are not finite")
     if label is not None:
@@ -244,7 +244,7 @@ def read_list(path: Path, root: Path) -> list[VolumeFile]:
         known = sorted(file.name for file in path.parent.glob("*.txt"))
         raise UserError(f"no list at {path}" + (f"; there are {', '.join(known)}" if known else ""))
     files = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
         if not words:
             continue
@@ -445,7 +445,9 @@ def report(results: dict) -> str:
     width = max(len(row[0]) for row in rows)
     lines = [f"{row[0]:{width}}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in rows]
     lines.append(f"{results['volumes']} volumes of {results['patients']} patients; distances without mm are in voxels")
-    lines += [f"empty mask: {case['class']} of {case['volume']} ({case['empty']}); no distance" for case in results["empty"]]
+    lines += [f"empty mask: {case['class']} of {case['volume']} ({case['empty']})" for case in results["empty"]]
+    if results["empty"]:
+        lines.append("the means of distances " + ("count each as the released test script does" if results.get("released_empty") else "leave these out"))
     return "\n".join(lines)
 
 
@@ -454,7 +456,7 @@ def predict_file(predict, source: Path, target: Path, size: int, device: torch.d
 
     Raises UserError for what cannot be read or written.
     """
-    if source.suffix == ".npz":
+    if source.suffix.lower() == ".npz":
         volume = read_volume(source)
         write_volume(target, dataclasses.replace(volume, label=segment_volume(predict, volume.image, size, device)))
         return
@@ -466,16 +468,22 @@ def predict_file(predict, source: Path, target: Path, size: int, device: torch.d
 
     image, _ = read_nifti(source)  # [Z, Y, X]
     label = segment_volume(predict, min_max(checked_image(image, source)), size, device)
-    header = nibabel.load(source).header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    result = nibabel.Nifti1Image(label.transpose(2, 1, 0), nibabel.load(source).affine, header)
-    ending = "".join(target.suffixes[-2:])  # nibabel compresses by the name
+    try:
+        original = nibabel.load(source)
+        header = original.header.copy()
+        header.set_data_dtype(np.uint8)
+        header["cal_min"] = header["cal_max"] = 0  # the window in which viewers would show the image
+        result = nibabel.Nifti1Image(label.transpose(2, 1, 0), original.affine, header)
+    except Exception as error:  # damaged headers raise all sorts
+        raise UserError(f"{source}: its header cannot be used for the labels: {str(error).splitlines()[0]}") from error
 
     def write(temporary: Path) -> None:
-        named = temporary.with_name(temporary.name + ending)
-        nibabel.save(result, named)
-        named.replace(temporary)
+        named = temporary.with_name(temporary.name + "".join(target.suffixes[-2:]))  # nibabel compresses by the name
+        try:
+            nibabel.save(result, named)
+            named.replace(temporary)
+        finally:
+            named.unlink(missing_ok=True)
 
     write_atomically(target, write)
 

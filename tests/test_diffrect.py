@@ -963,10 +963,10 @@ def test_learning_rates_fall_and_both_networks_learn(trained):
     assert saved["model"]["encoder.blocks.0.first.1.num_batches_tracked"] == 12  # two passes a step, also after the evaluation
 
 
-def test_each_step_goes_along_the_gradient_of_its_loss(hearts, tmp_path, monkeypatch, keep_signal_handlers):
-    """Nothing is left in .grad from the other network's loss or from the step before."""
-    models, wanted, steps = [], {}, []
-    wrap, step = runtime.wrap, torch.optim.SGD.step
+def test_a_step_of_the_loop(hearts, tmp_path, monkeypatch, keep_signal_handlers):
+    """Each optimizer goes along the gradient of its own loss, with nothing left in .grad; what is rectified, and that it is learned from."""
+    models, wanted, steps, calls = [], {}, [], []
+    wrap, step, rectify = runtime.wrap, torch.optim.SGD.step, diffrect.Rectifier.rectify
     monkeypatch.setattr(runtime, "wrap", lambda model, *rest: models.append(model) or wrap(model, *rest))
 
     def note(name, number):
@@ -976,6 +976,7 @@ def test_each_step_goes_along_the_gradient_of_its_loss(hearts, tmp_path, monkeyp
             loss, terms = function(*arguments)
             parameters = list(models[number].parameters())
             wanted.update(zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True)))
+            calls.append((name, arguments))
             return loss, terms
 
         monkeypatch.setattr(diffrect, name, noted)
@@ -989,8 +990,16 @@ def test_each_step_goes_along_the_gradient_of_its_loss(hearts, tmp_path, monkeyp
     note("segmentation_loss", 0)
     note("rectifier_loss", 1)
     monkeypatch.setattr(torch.optim.SGD, "step", check)
+    monkeypatch.setattr(diffrect.Rectifier, "rectify", lambda *given: calls.append(("rectify", (*given, rectify(*given)))) or calls[-1][1][-1])
     diffrect.train(configured(*QUICK, "--iterations", "3", "--warmup", "1", "--data-root", hearts, "--output", tmp_path / "run"))
     assert steps == [1, 0] * 3 and len(models) == 2
+    names = ["rectifier_loss", "segmentation_loss"] + 2 * ["rectifier_loss", "rectify", "segmentation_loss"]
+    assert [name for name, _ in calls[: len(names)]] == names and calls[1][1][3] is None
+    for number in (2, 5):
+        (_, masks, views, counts, colors, outputs, *_), rectified, learned = (arguments for _, arguments in calls[number : number + 3])
+        assert rectified[0] is models[1] and rectified[2] is views["weak"] and rectified[3] is masks["tau_u"] and rectified[4:6] == (2, 0.0)
+        assert torch.equal(rectified[1], diffrect.color_masks(masks["weak"], colors))
+        assert learned[0] is outputs and learned[1] is views and learned[2] is counts and learned[3] is rectified[-1]
 
 
 def test_a_finished_run_trains_nothing_and_other_options_are_refused(trained, hearts, monkeypatch, capfd, keep_signal_handlers):

@@ -669,7 +669,7 @@ def test_evaluation_equals_counting_by_hand(scored):
     assert [results["scores"][name][two]["dice"] for name in ("missed", "invented", "absent")] == [0, 0, 100]
     assert results["scores"]["plain too"][two]["hd95_mm"] is None and results["scores"]["plain too"][two]["hd95"] > 0
     text = medical.report(results)
-    assert len(text.splitlines()) == 1 + 3 + 1 + 1 + 4 and f"{results['dice']:.2f}" in text and "6 volumes of 5 patients" in text
+    assert len(text.splitlines()) == 1 + 3 + 1 + 1 + 4 + 1 and "leave these out" in text and f"{results['dice']:.2f}" in text and "6 volumes of 5 patients" in text
 
     released = {name: [dict(row) for row in rows] for name, rows in tables.items()}
     for case in results["empty"]:  # DiffRect's test script: 0, 0, 50, 10, and no word on mm
