@@ -116,6 +116,7 @@ class Config(TrainingOptions):
     dataset: str = option("phantom", "phantom, phantom_large (embedded, made on first use), acdc, mscmrseg or prostate (converted by python -m common.medical prepare)")
     labeled: str | None = option(None, "labeled patients: the first so many of train.txt, or all; 3_split2 takes train_split2.txt; default: "
                                        "phantom 3, acdc and mscmrseg 7, prostate 2")
+    split_seed: int | None = option(None, "draw --labeled many patients at random by this seed")
     labeled_list: str | None = option(None, "a file with the labeled volumes instead: a patient and a volume a line")
     unlabeled_list: str | None = option(None, "a file with the volumes to learn from without labels, likewise; default: all others of train.txt")
     download: bool = option(False, "not used: see python -m common.medical prepare")

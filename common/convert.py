@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import PublishedList, published_list, verify
+from common.splits import PublishedList, published_list, verify
 from common.files import write_atomically, write_json
 from common.medical import DATASETS, Volume, min_max, write_volume
 from common.runtime import UserError

@@ -8,41 +8,23 @@ Published labeled lists are downloaded by commit and verified by SHA-256. The un
 minus the labeled one, so nothing else is needed and nothing can be in both.
 """
 
-import hashlib
-import http.client
 import os
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from common import synthetic
 from common.augment import IGNORE
 from common.files import read_text, write_atomically
+from common.pascal import download_voc, find_masks, voc_folder
 from common.runtime import Context, UserError, main_first
+from common.splits import PublishedList, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )
-
-
-@dataclass(frozen=True)
-class PublishedList:
-    """A list of a public repository, pinned by commit and content."""
-
-    repository: str
-    commit: str
-    path: str
-    lines: int
-    sha256: str
-
-    @property
-    def url(self) -> str:
-        return f"https://raw.githubusercontent.com/{self.repository}/{self.commit}/{self.path}"
-
-
-def unimatch_list(path: str, lines: int, sha256: str) -> PublishedList:
-    return PublishedList("LiheYoung/UniMatch", "0324f3dd4a22128105a5eb135d2586c0bb3cc647", path, lines, sha256)
 
 
 @dataclass(frozen=True)
@@ -96,15 +78,7 @@ DATASETS = {
             batch_size=8, lr=0.001, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
             full_list=unimatch_list("splits/pascal/train_aug.txt", 10582,
                                     "f04ab664c71f84950a3a1fd28544b6851500c81a9aff890c4b9279639a32152c"),
-            labeled_lists=tuple(
-                (count, unimatch_list(f"splits/pascal/{count}/labeled.txt", int(count), sha256)) for count, sha256 in {
-                    "92": "8a02aa6a1253178b105bd25b36f0a27daeedf6b3959f399aa47d24783f3a8306",
-                    "183": "de3f4680391cb15324402dae17ac0919933d0d9004c11a641c924f3f67147f9f",
-                    "366": "74f6bd1e459a8b46fc204529d70b603769f8a45aef4553df8a5c04b5698e77b7",
-                    "732": "02c8ec5b62e27364f5bc91eb95bccf54debaa721e9d31c50c07507aea258fd0f",
-                    "1464": "b20486876df309c57c8230e957b2957fff5392ff5cb11f225e8453ed6c50ba3e",
-                }.items()
-            ),
+            labeled_lists=tuple(pascal_lists().items()),
         ),
     )
 }
@@ -149,7 +123,7 @@ def load_data(config, context: Context) -> Data:
             synthetic.generate(root, config.dataset)
         elif config.download:
             download_voc(root)
-        root = voc_folder(root)
+        top, root = root, voc_folder(root)
         if config.unlabeled_list:
             full = read_list(Path(config.unlabeled_list))
         elif isinstance(info.full_list, PublishedList):
@@ -158,9 +132,18 @@ def load_data(config, context: Context) -> Data:
             full = read_list(image_set(root, info.full_list))
         if config.labeled_list:
             labeled = read_list(Path(config.labeled_list))
+        elif config.split_seed is not None:
+            if info.classes == VOC_CLASSES:
+                full = find_masks(full, root, top, config.download)
+            labeled = random_split(info, root, full, config.labeled or info.default_labeled, config.split_seed)
+            if context.is_main:
+                print(f"labeled images: a random split (--split-seed {config.split_seed}), not a published one", flush=True)
         else:
             labeled = labeled_split(info, root, config.labeled or info.default_labeled, config.download)
-    data = Data(info, root, labeled, unlabeled=[], val=read_list(image_set(root, info.val_list)),
+        val = read_list(image_set(root, info.val_list))
+        if info.classes == VOC_CLASSES:
+            labeled, val = (find_masks(samples, root, top, config.download) for samples in (labeled, val))
+    data = Data(info, root, labeled, unlabeled=[], val=val,
                 tune=read_list(image_set(root, "tune")) if image_set(root, "tune").is_file() else [])
     chosen = {sample.image for sample in data.labeled}
     unlabeled = [sample for sample in full if sample.image not in chosen]
@@ -168,6 +151,27 @@ def load_data(config, context: Context) -> Data:
     data.unlabeled = unlabeled if known else [Sample(sample.image, None) for sample in unlabeled]
     check_lists(data)
     return data
+
+
+def random_split(info: DatasetInfo, root: Path, full: list[Sample], labeled: str, seed: int) -> list[Sample]:
+    """A choice of ours from `full`, every class among them; kept in `root`/splits/random and found there again."""
+    from common.loading import open_mask  # which needs this module
+
+    count = images_asked_for(labeled, len(full))
+    path = root / "splits" / "random" / f"{count}_seed{seed}.txt"
+    if not path.is_file():
+        if any(sample.mask is None for sample in full):
+            raise UserError("--split-seed chooses from images with masks, and the full list names some without")
+        print(f"reading {len(full)} masks to draw a split in which every class occurs", flush=True)
+        present = np.zeros((len(full), info.num_classes), bool)
+        for row, sample in zip(present, full):
+            row[np.intersect1d(open_mask(root / sample.mask, info.num_classes), np.arange(info.num_classes))] = True
+        lines = [f"{full[index].image} {full[index].mask}\n" for index in covering_choice(present, count, np.random.default_rng(seed))]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(lines)))
+    samples = read_list(path)
+    if len(samples) != count:
+        raise UserError(f"{path} lists {len(samples)} images instead of {count}: delete it")
+    return samples
 
 
 def labeled_split(info: DatasetInfo, root: Path, name: str, download: bool) -> list[Sample]:
@@ -178,7 +182,7 @@ def labeled_split(info: DatasetInfo, root: Path, name: str, download: bool) -> l
         if name not in published:
             raise UserError(f"{info.name} has no published list of {name} labeled images: --labeled takes "
                             f"{', '.join(published)} or all; --labeled-list FILE takes your own")
-        return read_list(published_list(published[name], root, download))
+        return read_list(published_list(published[name], root, download), rooted=published[name].rooted)
     path = image_set(root, f"labeled_{name}")
     if not path.is_file():
         known = sorted(file.stem.removeprefix("labeled_") for file in path.parent.glob("labeled_*.txt"))
@@ -186,63 +190,20 @@ def labeled_split(info: DatasetInfo, root: Path, name: str, download: bool) -> l
     return read_list(path)
 
 
-def voc_folder(root: Path) -> Path:
-    """The folder that holds JPEGImages: `root`, or VOCdevkit/VOC2012 below it, where the official archive unpacks."""
-    for folder in (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012"):
-        if (folder / "JPEGImages").is_dir():
-            return folder
-    raise UserError(f"no folder JPEGImages in {root} (nor in VOCdevkit/VOC2012 below it): point --data-root at VOC2012, "
-                    f"or fetch it with --download")
-
-
 def image_set(root: Path, name: str) -> Path:
     return root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
-def download_voc(root: Path) -> None:
-    from torchvision.datasets import VOCSegmentation
+def read_list(path: Path, rooted: bool = False) -> list[Sample]:
+    """One sample a line: an id of VOC's, or an image path and a mask path relative to the data set's folder.
 
-    try:
-        voc_folder(root)
-    except UserError:
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"PASCAL VOC 2012 could not be downloaded into {root}: {error}".replace("\n", " ")) from error
-
-
-def published_list(source: PublishedList, root: Path, download: bool) -> Path:
-    """The list's file below `root`/splits, downloaded if asked for, and verified in any case."""
-    path = root / "splits" / source.repository.replace("/", "_") / source.commit[:10] / source.path
-    if not path.is_file():
-        if not download:
-            raise UserError(f"no list at {path}: --download fetches it from {source.url}, or fetch it yourself and put it "
-                            f"there, or give your own with --labeled-list and --unlabeled-list FILE")
-        try:
-            with urllib.request.urlopen(source.url, timeout=60) as response:
-                content = response.read()
-        except (OSError, http.client.HTTPException) as error:  # the latter where the connection breaks off
-            raise UserError(f"{source.url} could not be downloaded: {error}") from error
-        verify(content, source, source.url)
-        write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    verify(path.read_bytes(), source, path)
-    return path
-
-
-def verify(content: bytes, source: PublishedList, where) -> None:
-    if hashlib.sha256(content).hexdigest() != source.sha256:
-        raise UserError(f"{where} is not the published list of {source.lines} images (SHA-256 {source.sha256[:12]}… expected, "
-                        f"{hashlib.sha256(content).hexdigest()[:12]}… found): delete it and fetch it again")
-
-
-def read_list(path: Path) -> list[Sample]:
-    """One sample a line: an id of VOC's, or an image path and a mask path relative to the data set's folder."""
+    `rooted`: the list writes a slash before such paths.
+    """
     if not path.is_file():
         raise UserError(f"no list at {path}")
     samples, seen = [], set()
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = line.split()
+        words = [word.removeprefix("/") if rooted else word for word in line.split()]
         if not words:
             continue
         if len(words) == 1 and "/" not in words[0] and not words[0].lower().endswith((".jpg", ".jpeg", ".png")):
@@ -279,4 +240,5 @@ def check_lists(data: Data) -> None:
             if folder not in present:
                 present[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
             if Path(file).name not in present[folder]:
-                raise UserError(f"{data.root / file} is listed but missing")
+                hint = ": masks of the augmented set are looked for in SegmentationClassAug and in SBD's cls/*.mat, which --download fetches"
+                raise UserError(f"{data.root / file} is listed but missing" + (hint if data.info.classes == VOC_CLASSES and file == sample.mask else ""))

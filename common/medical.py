@@ -217,6 +217,9 @@ def load_volumes(config, context: Context) -> VolumeData:
         labeled = read_list(Path(config.labeled_list), root)
     elif count == "all":
         labeled = train
+    elif config.split_seed is not None and count.isdecimal() and 1 <= int(count) <= len(patients):
+        chosen = set(np.random.default_rng(config.split_seed).permutation(sorted(patients))[: int(count)].tolist())
+        labeled = [file for file in train if file.patient in chosen]
     elif count.isdecimal() and 1 <= int(count) <= len(patients):
         chosen = set(patients[: int(count)])
         labeled = [file for file in train if file.patient in chosen]

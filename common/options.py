@@ -25,8 +25,10 @@ class TrainingOptions:
     dataset: str = option("shapes", "a name from common.data.DATASETS: shapes, shapes_severe, shapes_large (embedded, "
                                     "made on first use) or pascal")
     data_root: str | None = option(None, "folder of the data set; default: data/<dataset>")
-    labeled: str | None = option(None, "published labeled list, by its number of images (pascal: 92, 183, 366, 732, 1464; "
-                                       "shapes: 12, 24, 48), or all; default: 24 for shapes, 92 for pascal")
+    labeled: str | None = option(None, "published labeled list, by its number of images or its fraction (pascal: 92, 183, 366, 732, 1464; of the "
+                                       "augmented set 1/16, 1/8, 1/4, u2pl_1/16, ...; usrn_165, usrn_331, usrn_662; shapes: 12, 24, 48), or all; "
+                                       "default: 24 for shapes, 92 for pascal")
+    split_seed: int | None = option(None, "draw --labeled many images at random by this seed, every class among them, instead of a published list")
     labeled_list: str | None = option(None, "a file with the labeled images instead: one id, or image path and mask path, "
                                             "a line")
     unlabeled_list: str | None = option(None, "a file with the images to learn from without labels, likewise; default: the full "
@@ -131,7 +133,8 @@ def fill_from_recipe(config: TrainingOptions, method: str, data, context, images
     if config.labeled is None and config.labeled_list is None:
         config.labeled = info.default_labeled
     if config.output is None:
-        labeled = Path(config.labeled_list).stem if config.labeled_list else config.labeled
+        labeled = Path(config.labeled_list).stem if config.labeled_list else config.labeled.replace("/", "_")
+        labeled += f"_random{config.split_seed}" if config.split_seed is not None else ""
         config.output = f"runs/{method}_{info.name}_{labeled}_seed{config.seed}"
     parts = context.world_size * config.grad_accum
     require(config.batch_size % parts == 0, f"--batch-size {config.batch_size} cannot be shared by {context.world_size} "

@@ -194,9 +194,14 @@ def test_pascals_entry():
     info = DATASETS["pascal"]
     assert info.num_classes == len(set(VOC_CLASSES)) == 21 and not info.unlabeled_truth
     assert info.full_list.lines == 10582
-    assert [(name, source.lines) for name, source in info.labeled_lists] == [(str(n), n) for n in (92, 183, 366, 732, 1464)]
-    sources = [info.full_list, *dict(info.labeled_lists).values()]
-    assert len({source.sha256 for source in sources}) == 6 and all(len(source.sha256) == 64 for source in sources)
+    lists = dict(info.labeled_lists)
+    counts = {"1/16": 662, "1/8": 1323, "1/4": 2646, "u2pl_1/16": 662, "u2pl_1/8": 1323, "u2pl_1/4": 2646}
+    counts |= {str(n): n for n in (92, 183, 366, 732, 1464, 662, 1323, 2646)} | {f"usrn_{n}": n for n in (165, 331, 662)}
+    assert {name: source.lines for name, source in lists.items()} == counts
+    assert lists["662"] == lists["1/16"] != lists["u2pl_1/16"] != lists["usrn_662"]
+    sources = [info.full_list, *lists.values()]
+    assert len({source.sha256 for source in sources}) == 15 and all(len(source.sha256) == 64 for source in sources)  # three names are second ones
+    assert all(lists[name].rooted == name.startswith("usrn") for name in lists)
     assert info.full_list.url == ("https://raw.githubusercontent.com/LiheYoung/UniMatch/"
                                   "0324f3dd4a22128105a5eb135d2586c0bb3cc647/splits/pascal/train_aug.txt")
     assert info.palette[:3] == ((0, 0, 0), (128, 0, 0), (0, 128, 0)) and info.palette[255] == (224, 224, 192)
