@@ -8,6 +8,7 @@ Published labeled lists are downloaded by commit and verified by SHA-256. The un
 minus the labeled one, so nothing else is needed and nothing can be in both.
 """
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from common import synthetic
 from common.augment import IGNORE
 from common.files import read_text, write_atomically
 from common.pascal import download_voc, find_masks, voc_folder
-from common.runtime import Context, UserError, main_first
+from common.runtime import Context, UserError, main_first, run_main
 from common.splits import PublishedList, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
 
 VOC_CLASSES = (
@@ -242,3 +243,27 @@ def check_lists(data: Data) -> None:
             if Path(file).name not in present[folder]:
                 hint = ": masks of the augmented set are looked for in SegmentationClassAug and in SBD's cls/*.mat, which --download fetches"
                 raise UserError(f"{data.root / file} is listed but missing" + (hint if data.info.classes == VOC_CLASSES and file == sample.mask else ""))
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main() -> None:
+    from common import check  # which needs this module
+    from common.options import TrainingOptions
+
+    parser = argparse.ArgumentParser(prog="python -m common.data", description="Look at a data set before training on it.")
+    command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="what is there, pixel shares, what is missing")
+    command.add_argument("--dataset", required=True)
+    command.add_argument("--data-root")
+    command.add_argument("--labeled")
+    command.add_argument("--split-seed", type=int)
+    command.add_argument("--labeled-list")
+    command.add_argument("--unlabeled-list")
+    command.add_argument("--download", action="store_true")
+    args = vars(parser.parse_args())
+    print(check.report(TrainingOptions(**{name: value for name, value in args.items() if value is not None})))
+
+
+if __name__ == "__main__":
+    run_main(main)
