@@ -114,6 +114,7 @@ TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
 @dataclass
 class Config(TrainingOptions):
     dataset: str = option("phantom", "phantom, phantom_large (embedded, made on first use), acdc, mscmrseg or prostate (converted by python -m common.medical prepare)")
+    classes: str | None = option(None, "not used")
     labeled: str | None = option(None, "labeled patients: the first so many of train.txt, or all; 3_split2 takes train_split2.txt; default: "
                                        "phantom 3, acdc and mscmrseg 7, prostate 2")
     split_seed: int | None = option(None, "draw --labeled many patients at random by this seed")

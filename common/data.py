@@ -2,7 +2,8 @@
 
 A data set is an entry of `DATASETS`: classes, palette and the recipe that the field trains it with. Its pictures lie
 as PASCAL VOC has them (JPEGImages/*.jpg, SegmentationClass/*.png with class indices and 255 = ignore,
-ImageSets/Segmentation/*.txt); the embedded `shapes` sets are written in that layout and read by the same code.
+ImageSets/Segmentation/*.txt); the embedded `shapes` sets are written in that layout and read by the same code. Your own
+pictures are `folder` (common.folder).
 
 Published labeled lists are downloaded by commit and verified by SHA-256. The unlabeled list is the full training list
 minus the labeled one, so nothing else is needed and nothing can be in both.
@@ -10,7 +11,7 @@ minus the labeled one, so nothing else is needed and nothing can be in both.
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from common import synthetic
 from common.augment import IGNORE
 from common.files import read_text, write_atomically
+from common.folder import class_names, folder_lists, present_classes
 from common.pascal import download_voc, find_masks, voc_folder
 from common.runtime import Context, UserError, main_first, run_main
 from common.splits import PublishedList, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
@@ -81,6 +83,10 @@ DATASETS = {
                                     "f04ab664c71f84950a3a1fd28544b6851500c81a9aff890c4b9279639a32152c"),
             labeled_lists=tuple(pascal_lists().items()),
         ),
+        DatasetInfo(
+            "folder", (), default_labeled="all", backbone="resnet50", crop=321, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=80, batch_size=8, lr=0.001,
+            head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
+        ),
     )
 }
 
@@ -110,15 +116,29 @@ class Data:
     tune: list[Sample]  # for choosing options; empty where the data set has no such list
 
 
+def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
+    """The entry of `DATASETS`; for "folder" with the class names of `--classes`. Raises UserError for an unknown name."""
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: --dataset takes one of {', '.join(DATASETS)}")
+    if name != "folder":
+        if classes:
+            raise UserError(f"--classes is for --dataset folder; {name} has its own")
+        return DATASETS[name]
+    return replace(DATASETS[name], classes=class_names(classes))
+
+
 def load_data(config, context: Context) -> Data:
     """The lists of `config.dataset`, checked: each file exists, labeled, unlabeled and validation are disjoint.
 
     Raises UserError for an unknown data set or split, and for a list that is missing, empty or wrong.
     """
-    if config.dataset not in DATASETS:
-        raise UserError(f"unknown data set {config.dataset!r}: --dataset takes one of {', '.join(DATASETS)}")
-    info = DATASETS[config.dataset]
+    info = dataset_info(config.dataset, config.classes)
     root = Path(config.data_root or Path("data") / info.name)
+    if config.dataset == "folder":
+        config.classes = ",".join(info.classes)  # what a checkpoint keeps
+        data = Data(info, root, *folder_lists(root, config.labeled or info.default_labeled, config.split_seed, info.num_classes, Sample), tune=[])
+        check_lists(data)
+        return data
     with main_first(context):
         if config.dataset in synthetic.VARIANTS:
             synthetic.generate(root, config.dataset)
@@ -156,17 +176,13 @@ def load_data(config, context: Context) -> Data:
 
 def random_split(info: DatasetInfo, root: Path, full: list[Sample], labeled: str, seed: int) -> list[Sample]:
     """A choice of ours from `full`, every class among them; kept in `root`/splits/random and found there again."""
-    from common.loading import open_mask  # which needs this module
-
     count = images_asked_for(labeled, len(full))
     path = root / "splits" / "random" / f"{count}_seed{seed}.txt"
     if not path.is_file():
         if any(sample.mask is None for sample in full):
             raise UserError("--split-seed chooses from images with masks, and the full list names some without")
         print(f"reading {len(full)} masks to draw a split in which every class occurs", flush=True)
-        present = np.zeros((len(full), info.num_classes), bool)
-        for row, sample in zip(present, full):
-            row[np.intersect1d(open_mask(root / sample.mask, info.num_classes), np.arange(info.num_classes))] = True
+        present = present_classes(full, root, info.num_classes)
         lines = [f"{full[index].image} {full[index].mask}\n" for index in covering_choice(present, count, np.random.default_rng(seed))]
         write_atomically(path, lambda temporary: temporary.write_text("".join(lines)))
     samples = read_list(path)
@@ -256,6 +272,7 @@ def main() -> None:
     command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="what is there, pixel shares, what is missing")
     command.add_argument("--dataset", required=True)
     command.add_argument("--data-root")
+    command.add_argument("--classes")
     command.add_argument("--labeled")
     command.add_argument("--split-seed", type=int)
     command.add_argument("--labeled-list")

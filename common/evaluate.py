@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from common import medical
 from common.augment import normalize
-from common.data import DATASETS, IGNORE, DatasetInfo, load_data
+from common.data import DATASETS, IGNORE, DatasetInfo, dataset_info, load_data
 from common.loading import class_pixels as count_class_pixels
 from common.loading import evaluation_loader
 from common.files import read_checkpoint, write_json
@@ -239,7 +239,8 @@ def load_model(path: str | Path, device: torch.device | str, use: str = "best av
     if state is None:
         raise UserError(f"{path} holds no weights under {' or '.join(choices)}")
 
-    module, info = importlib.import_module(method), known[saved["dataset"]]
+    module, name = importlib.import_module(method), saved["dataset"]
+    info = medical.DATASETS[name] if name in medical.DATASETS else dataset_info(name, saved.get("classes"))
     fields = {field.name for field in dataclasses.fields(module.Config) if field.init}
     config = module.Config(**{name: value for name, value in saved.items() if name in fields})
     if steps is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.augment import weak_geometry
@@ -21,9 +21,17 @@ from common.runtime import Context, UserError
 
 
 def open_image(path: Path) -> Image.Image:
-    """An RGB picture, fully decoded. Raises UserError for what cannot be read."""
+    """An RGB picture, fully decoded, upright as its EXIF data say. Raises UserError for what cannot be read.
+
+    16-bit grey values are divided by 257; transparency is dropped.
+    """
     try:
-        return Image.open(path).convert("RGB")
+        image = Image.open(path)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # convert would cut off at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each for damaged files
         raise UserError(f"cannot read the image {path}: {error}") from error
 

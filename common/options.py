@@ -23,7 +23,8 @@ def option(default, help: str, choices: tuple | None = None, names: tuple[str, .
 class TrainingOptions:
     # data
     dataset: str = option("shapes", "a name from common.data.DATASETS: shapes, shapes_severe, shapes_large (embedded, "
-                                    "made on first use) or pascal")
+                                    "made on first use), pascal, or folder (your own pictures, see common/folder.py)")
+    classes: str | None = option(None, "of --dataset folder: a file with a class a line, or their names separated by commas")
     data_root: str | None = option(None, "folder of the data set; default: data/<dataset>")
     labeled: str | None = option(None, "published labeled list, by its number of images or its fraction (pascal: 92, 183, 366, 732, 1464; of the "
                                        "augmented set 1/16, 1/8, 1/4, u2pl_1/16, ...; usrn_165, usrn_331, usrn_662; shapes: 12, 24, 48), or all; "

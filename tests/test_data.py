@@ -284,6 +284,43 @@ def test_pascal_reads_its_published_lists(voc_root, monkeypatch):
 # ---------------------------------------------------------------- pictures
 
 
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "bmp")])
+def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, suffix):
+    grey = np.repeat(np.arange(0, 256, 5, dtype=np.uint8)[None], 7, axis=0)
+    if mode == "1":
+        grey = np.where(grey > 100, 255, 0).astype(np.uint8)
+    picture = Image.fromarray(grey).convert("RGB")
+    picture = picture.quantize(256) if mode == "P" else picture.convert(mode)  # fewer colours than that: nothing is lost
+    picture.save(tmp_path / f"picture.{suffix}")
+    read = open_image(tmp_path / f"picture.{suffix}")
+    assert read.mode == "RGB" and read.size == (52, 7)
+    assert np.abs(np.asarray(read).astype(int) - grey[..., None]).max() <= (6 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, suffix):
+    values = np.linspace(0, 65535, 60).astype(np.uint16).reshape(6, 10)
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    read = np.asarray(open_image(tmp_path / f"deep.{suffix}"))
+    assert read.shape == (6, 10, 3) and np.abs(read[..., 0] - values / 65535 * 255).max() < 1 and read.max() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(tmp_path, orientation):
+    """The camera's note says how to turn the stored picture; viewers and our masks show it turned."""
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:4, :8] = 255  # a mark in the stored picture's top left
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
+    read = np.asarray(open_image(tmp_path / "photo.png"))
+    assert read.shape == ((8, 16, 3) if orientation < 5 else (16, 8, 3))
+    row, column = np.argwhere(read[..., 0]).mean(axis=0) < (np.array(read.shape[:2]) - 1) / 2
+    corner = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}
+    assert f"{'top' if row else 'bottom'} {'left' if column else 'right'}" == corner[orientation]
+
+
+
 def some_mask(root: Path) -> Path:
     return root / "SegmentationClass" / f"{ids(root)[0]}.png"
 
