@@ -3,7 +3,7 @@
 A data set is an entry of `DATASETS`: classes, palette and the recipe that the field trains it with. Its pictures lie
 as PASCAL VOC has them (JPEGImages/*.jpg, SegmentationClass/*.png with class indices and 255 = ignore,
 ImageSets/Segmentation/*.txt); the embedded `shapes` sets are written in that layout and read by the same code. Your own
-pictures are `folder` (common.folder).
+pictures are `folder` (common.folder); `lucchi` is written in VOC's layout once, from its TIFF stacks.
 
 Published labeled lists are downloaded by commit and verified by SHA-256. The unlabeled list is the full training list
 minus the labeled one, so nothing else is needed and nothing can be in both.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import synthetic
+from common import lucchi, synthetic
 from common.augment import IGNORE
 from common.files import read_text, write_atomically
 from common.folder import class_names, folder_lists, present_classes
@@ -84,6 +84,10 @@ DATASETS = {
             labeled_lists=tuple(pascal_lists().items()),
         ),
         DatasetInfo(
+            "lucchi", lucchi.CLASSES, default_labeled="10", backbone="resnet101", crop=512, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=400, batch_size=8,
+            lr=0.001, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
+        ),
+        DatasetInfo(
             "folder", (), default_labeled="all", backbone="resnet50", crop=321, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=80, batch_size=8, lr=0.001,
             head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
         ),
@@ -142,6 +146,8 @@ def load_data(config, context: Context) -> Data:
     with main_first(context):
         if config.dataset in synthetic.VARIANTS:
             synthetic.generate(root, config.dataset)
+        elif config.dataset == "lucchi":
+            lucchi.prepare(root)
         elif config.download:
             download_voc(root)
         top, root = root, voc_folder(root)

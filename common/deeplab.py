@@ -4,10 +4,13 @@ Chen et al., "Encoder-Decoder with Atrous Separable Convolution for Semantic Ima
 form that semi-supervised segmentation uses (CPS, U2PL, ST++, UniMatch): plain 3x3 convolutions, output stride 16.
 
     images [B, 3, H, W], normalised
-      -> encoder: low [B, 256, H/4, W/4], high [B, 2048, H/16, W/16]       ResNet-50/101, last stage dilated
+      -> encoder: low [B, 256, H/4, W/4], high [B, 2048, H/16, W/16]       ResNet-50/101, last stage dilated; Xception-65
       -> ASPP(high): 1x1, three dilated 3x3, global pooling -> 256 channels, upsampled to H/4
       -> concat with low reduced to 48 channels -> two 3x3 convs -> z [B, 256, H/4, W/4]
       -> 1x1 classifier -> bilinear upsampling (align_corners=True) -> logits [B, C, H, W]
+
+ResNets come with either of two stems: torchvision's 7x7 convolution, or the three 3x3 convolutions of the `resnet50.pth` and
+`resnet101.pth` that the codes of the field share (40.48 M and 59.47 M parameters at 21 classes). A file's keys say which.
 
 `TinyEncoder` (0.3 M parameters) is for the embedded data sets; its pretrained weights are in `tiny_encoder.pt`.
 """
@@ -20,9 +23,10 @@ import torchvision
 from torch import Tensor, nn
 
 from common.runtime import UserError
+from common.xception import Xception65, from_public_file
 
 TINY_WEIGHTS = Path(__file__).with_name("tiny_encoder.pt")
-BACKBONES = ("resnet50", "resnet101", "tiny")
+BACKBONES = ("resnet50", "resnet101", "xception65", "tiny")
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
@@ -40,17 +44,27 @@ class ResNetEncoder(nn.Module):
     """torchvision's ResNet without its classifier; stage 4 is dilated, so the output stride is 16.
 
     forward: images [B, 3, H, W] -> (low [B, 256, H/4, W/4], high [B, 2048, H/16, W/16]).
-    The state dict is torchvision's without `fc.*`: the ImageNet files that users have load as they are.
+    The state dict is torchvision's without `fc.*`: the ImageNet files that users have load as they are. So do the field's with
+    `deep_stem`: conv1 is three 3x3 convolutions (conv1.0, conv1.3, conv1.6) that end in 128 channels, which stage 1 reads.
     """
 
     low_channels, high_channels = 256, 2048
     low_parts = ("conv1", "bn1", "relu", "maxpool", "layer1")
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, deep_stem: bool = False):
         super().__init__()
         resnet = getattr(torchvision.models, name)(weights=None, replace_stride_with_dilation=[False, False, True])
         for stage in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             setattr(self, stage, getattr(resnet, stage))
+        if deep_stem:
+            self.conv1 = nn.Sequential(
+                *conv_bn_relu(3, 64, 3, stride=2), *conv_bn_relu(64, 64, 3), nn.Conv2d(64, 128, 3, padding=1, bias=False)
+            )
+            self.bn1 = nn.BatchNorm2d(128)
+            first = self.layer1[0]
+            first.conv1, first.downsample[0] = nn.Conv2d(128, 64, 1, bias=False), nn.Conv2d(128, 256, 1, bias=False)
+            for conv in (self.conv1[0], self.conv1[3], self.conv1[6], first.conv1, first.downsample[0]):  # as torchvision does
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def low_level(self, images: Tensor) -> Tensor:
         return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
@@ -110,26 +124,44 @@ class TinyEncoder(nn.Module):
 
 
 def build_encoder(backbone: str, weights: str = "default") -> nn.Module:
-    """`weights`: "default" (ImageNet for ResNets, the shipped file for tiny), "none", or a path to a state dict.
+    """`weights`: "default" (torchvision's ImageNet weights for ResNets, the shipped file for tiny), the path of a state dict, or
+    random ones: "none", and for ResNets with the stem of three convolutions "deep_stem".
 
     Raises UserError for an unknown backbone and for weights that cannot be had or do not fit.
     """
     if backbone not in BACKBONES:
         raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
-    encoder = TinyEncoder() if backbone == "tiny" else ResNetEncoder(backbone)
-    if weights != "none":
-        load_encoder_weights(encoder, backbone, weights)
+    is_resnet = backbone.startswith("resnet")
+    if weights == "deep_stem" and not is_resnet:
+        raise UserError(f"the weights deep_stem are random ones of a ResNet; {backbone} has one stem only: --weights none")
+    state = None if weights in ("none", "deep_stem") else encoder_weights(backbone, weights)
+    if is_resnet:
+        encoder = ResNetEncoder(backbone, deep_stem=weights == "deep_stem" or state is not None and has_deep_stem(state))
+    else:
+        encoder = Xception65() if backbone == "xception65" else TinyEncoder()
+    if state is not None:
+        load_weights(encoder, backbone, weights, state)
     return encoder
 
 
-def load_encoder_weights(encoder: nn.Module, backbone: str, weights: str) -> None:
+def encoder_weights(backbone: str, weights: str) -> dict:
+    """The state dict that `weights`, "default" or a path, stands for, without a classifier."""
+    if weights == "default" and backbone == "xception65":
+        raise UserError("xception65 has no weights to download: pass the field's xception.pth as --weights PATH, or train from random "
+                        "weights with --weights none")
     if weights == "default" and backbone != "tiny":
         enum = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1  # what the field's tables start from
         state = download_weights(f"ImageNet weights of {backbone}", enum.url,
                                  lambda: enum.get_state_dict(progress=False, check_hash=True))
     else:
         state = read_weights(TINY_WEIGHTS if weights == "default" else Path(weights))
-    load_weights(encoder, backbone, weights, {key: value for key, value in state.items() if not key.startswith("fc.")})
+    state = from_public_file(state) if backbone == "xception65" else state
+    return {key: value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def has_deep_stem(state: dict) -> bool:
+    """Whether the state dict of a ResNet, or of a network whose `encoder` is one, is of the stem of three convolutions."""
+    return any(key == "conv1.0.weight" or key.endswith("encoder.conv1.0.weight") for key in state)
 
 
 def download_weights(what: str, url: str, download) -> dict:
@@ -157,12 +189,22 @@ def read_weights(path: Path) -> dict:
 
 
 def load_weights(encoder: nn.Module, backbone: str, weights: str, state: dict) -> None:
-    """Strictly, in float32. Raises UserError if the state dict does not fit."""
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the weights {weights!r} do not fit the backbone {backbone}: {' '.join(str(error).split())[:300]}") from error
+    """Strictly, in float32; only counters of batches may be missing, which old files lack. Raises UserError if it does not fit."""
+    counters = {key: value for key, value in encoder.state_dict().items() if key.endswith("num_batches_tracked")}
+    state = counters | {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    if wrong := misfit(encoder, state):
+        raise UserError(f"the weights {weights!r} do not fit the backbone {backbone}: {wrong}")
+    encoder.load_state_dict(state)
+
+
+def misfit(model: nn.Module, state: dict[str, Tensor]) -> str:
+    """What is wrong with the first keys that keep `state` from being loaded; empty if it fits."""
+    own = model.state_dict()
+    wrong = [f"{key} is missing" for key in own if key not in state]
+    wrong += [f"{key} is unknown" for key in state if key not in own]
+    wrong += [f"{key} is {list(state[key].shape)} instead of {list(own[key].shape)}"
+              for key in own if key in state and state[key].shape != own[key].shape]
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 # ---------------------------------------------------------------- segmentation network
@@ -207,6 +249,7 @@ class DeepLabV3Plus(nn.Module):
     def decode(self, low: Tensor, high: Tensor) -> Tensor:
         """Encoder features -> z, the [B, 256, H/4, W/4] features before the classifier."""
         high = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=True)
+        low = low[:, : self.encoder.low_channels]  # Xception's low_level carries more than the decoder reads
         return self.fuse(torch.cat([self.reduce(low), high], dim=1))
 
     def features(self, images: Tensor, perturb: int = 0) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from common import medical
 from common.augment import normalize
 from common.data import DATASETS, IGNORE, DatasetInfo, dataset_info, load_data
+from common.deeplab import has_deep_stem, misfit
 from common.loading import class_pixels as count_class_pixels
 from common.loading import evaluation_loader
 from common.files import read_checkpoint, write_json
@@ -249,8 +250,9 @@ def load_model(path: str | Path, device: torch.device | str, use: str = "best av
         if steps < 1:
             raise UserError(f"{path}: --steps takes at least 1, not {steps}")
         config = dataclasses.replace(config, steps=steps)
-    try:  # with weights="none": the encoder's come from the checkpoint, there is no need to download them first
-        model = module.build_model(dataclasses.replace(config, weights="none"), info.num_classes)
+    try:  # with random weights: the encoder's come from the checkpoint, there is no need to download them first
+        weights = "deep_stem" if has_deep_stem(state) else "none"
+        model = module.build_model(dataclasses.replace(config, weights=weights), info.num_classes)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: cannot build the model of its config: {error}") from error
     load_weights(model, state, path)
@@ -260,14 +262,8 @@ def load_model(path: str | Path, device: torch.device | str, use: str = "best av
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Strict `load_state_dict` whose UserError names the first keys that do not fit."""
-    own = model.state_dict()
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key} is unknown" for key in state if key not in own]
-    wrong += [f"{key} is {list(state[key].shape)} instead of {list(own[key].shape)}"
-              for key in own if key in state and state[key].shape != own[key].shape]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}{more}")
+    if wrong := misfit(model, state):
+        raise UserError(f"the weights in {path} do not fit the model: {wrong}")
     model.load_state_dict(state)
 
 
