@@ -68,6 +68,7 @@ from common.data import IGNORE, load_data
 from common.deeplab import DeepLabV3Plus
 from common.files import write_atomically
 from common.loading import class_pixels, training_loader
+from common.ohem import hard_pixel_loss
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.run import Run
 from common.runtime import pixel_counts
@@ -223,8 +224,10 @@ class Statistics(nn.Module):
             buffer.copy_(value)
 
 
-def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Sum of the cross entropy over labeled pixels: logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
+def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
+    """Sum of the cross entropy over labeled pixels, or hard ones (`ohem`): logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
+    if ohem:
+        return hard_pixel_loss(F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none"), label, ohem)
     return F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -298,7 +301,7 @@ def train(config: Config) -> dict:
             last = number == len(parts) - 1
             with runtime.no_sync_unless(last, network), runtime.autocast(config, context.device):
                 if config.supervised:
-                    loss = supervised_loss(network(views["labeled"]), views["label"]) / counts["label"]
+                    loss = supervised_loss(network(views["labeled"]), views["label"], config.ohem) / counts["label"]
                     terms = {"loss": loss}
                 else:
                     loss, terms, observed = daw_loss(network, views, counts, statistics, observed, config)
@@ -343,7 +346,7 @@ def daw_loss(network, views: dict, counts: dict, statistics: Statistics, observe
         weight = pseudo_label_weight(confidence, config.weighting, threshold) * views["valid"]
         label_of_neighbour, weight_of_neighbour = runtime.roll_global_batch(pseudo_label), runtime.roll_global_batch(weight)
 
-    loss_sup = supervised_loss(logits_labeled, views["label"]) / counts["label"]  # Eq. 1
+    loss_sup = supervised_loss(logits_labeled, views["label"], config.ohem) / counts["label"]  # Eq. 1
     loss_perturbed = weighted_loss(logits_perturbed, pseudo_label, weight) / counts["valid"]
     loss_strong = []
     for view, logits_view in zip(("strong_1", "strong_2"), logits_strong):

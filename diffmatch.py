@@ -84,6 +84,7 @@ from common.deformable import DeformableAttention
 from common.evaluate import evaluate, load_model
 from common.files import write_json
 from common.loading import class_pixels, evaluation_loader, training_loader
+from common.ohem import hard_pixel_loss
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.pictures import plot_calibration, plot_class_shares
 from common.run import Run, write_sample_grid
@@ -438,7 +439,9 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, counts: dict, prior: 
 
     losses, penalties = [], []
     for (_, label, learned, class_prior, pixels), logits, time in predictions:
-        losses.append((F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none") * learned).sum() / pixels)
+        cross_entropy = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+        hard = config.ohem and not losses  # of the labeled images
+        losses.append((hard_pixel_loss(cross_entropy, label, config.ohem) if hard else (cross_entropy * learned).sum()) / pixels)
         if config.tau and not config.discriminative:
             penalties.append((debias_penalty(logits, class_prior, time, config.tau) * (label != IGNORE)).sum() / pixels)
             losses[-1] = losses[-1] + penalties[-1]

@@ -128,6 +128,7 @@ class Config(TrainingOptions):
     epochs: int | None = option(None, "refused: see --iterations")
     grad_accum: int = option(1, "1: Dice is a ratio of sums over the whole batch")
     head_lr_multiplier: float | None = option(None, "not used: one learning rate for the U-Net")
+    ohem: float | None = option(None, "not used")
     model: str = option("diffrect", "supervised (labeled slices only), or a row of Table 4: fixmatch, lcc (+ rectified labels without diffusion) or diffrect",
                         choices=("supervised", "fixmatch", "lcc", "diffrect"))
     strong_labeled: bool = option(False, "supervised: learn from the strong view of labeled slices")

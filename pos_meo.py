@@ -73,6 +73,7 @@ from common.evaluate import evaluate, load_model
 from common.files import write_atomically, write_json
 from common.landscape import save, scan, table
 from common.loading import class_pixels, evaluation_loader, training_loader
+from common.ohem import hard_pixel_loss
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.run import Run
 from common.runtime import pixel_counts
@@ -229,8 +230,10 @@ class Gradients:
 # ================================================================ the baselines
 
 
-def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Sum of the cross entropy over labeled pixels (Eq. 1): logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
+def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
+    """Sum of the cross entropy over labeled pixels (Eq. 1), or hard ones (`ohem`): logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
+    if ohem:
+        return hard_pixel_loss(F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none"), label, ohem)
     return F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -256,7 +259,7 @@ def strong_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, views: dict,
     return sum(losses) / 2
 
 
-def unimatch_v1_losses(network, views: dict, counts: dict, threshold: float):
+def unimatch_v1_losses(network, views: dict, counts: dict, threshold: float, ohem: float = 0.0):
     """(L_sup, L_unsup, pseudo label, used) of UniMatch V1, whose teacher is the student itself.
 
     Labeled and weak images pass together, as the batch-norm statistics of UniMatch demand; L_sup has a gradient through
@@ -268,18 +271,18 @@ def unimatch_v1_losses(network, views: dict, counts: dict, threshold: float):
     logits_labeled, logits_weak = logits.split([len(logits) - size, size])
     pseudo_label, used = pseudo_labels(logits_weak.detach(), views["valid"], threshold)
     loss_perturbed = consistency_loss(logits_perturbed, pseudo_label, used) / counts["valid"]
-    loss_sup = supervised_loss(logits_labeled, views["label"]) / counts["label"]
+    loss_sup = supervised_loss(logits_labeled, views["label"], ohem) / counts["label"]
     loss_unsup = 0.5 * strong_loss(logits_strong, pseudo_label, used, views, counts) + 0.5 * loss_perturbed
     return loss_sup, loss_unsup, pseudo_label, used
 
 
-def unimatch_v2_losses(network, teacher, views: dict, counts: dict, threshold: float):
+def unimatch_v2_losses(network, teacher, views: dict, counts: dict, threshold: float, ohem: float = 0.0):
     """(L_sup, L_unsup, pseudo label, used) of UniMatch V2: pseudo labels of the EMA teacher, two strong views whose features
     lose complementary channels. The losses share no activation: two gradients take no more time than their sum."""
     with torch.no_grad():
         pseudo_label, used = pseudo_labels(teacher(views["weak"]), views["valid"], threshold)
     masks = complementary_masks(len(views["weak"]), teacher.encoder.dim, views["weak"].device)
-    loss_sup = supervised_loss(network(views["labeled"]), views["label"]) / counts["label"]
+    loss_sup = supervised_loss(network(views["labeled"]), views["label"], ohem) / counts["label"]
     logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]), masks)
     return loss_sup, strong_loss(logits_strong, pseudo_label, used, views, counts), pseudo_label, used
 
@@ -390,9 +393,9 @@ def optimizer_step(network, teacher, parts: list[dict], gradients: Gradients, op
     for views in parts:
         with runtime.autocast(config, context.device):
             if config.baseline == "unimatch_v1":  # Eq. 1-3
-                losses = unimatch_v1_losses(network, views, counts, config.threshold)
+                losses = unimatch_v1_losses(network, views, counts, config.threshold, config.ohem or 0.0)
             else:
-                losses = unimatch_v2_losses(network, teacher, views, counts, config.threshold)
+                losses = unimatch_v2_losses(network, teacher, views, counts, config.threshold, config.ohem or 0.0)
         loss_sup, loss_unsup, pseudo_label, used = losses
         if separate:  # V1's losses share a graph: the first traversal must leave it for the second
             gradients.backward(loss_sup, SUP, retain_graph=config.baseline == "unimatch_v1")
@@ -550,7 +553,7 @@ def landscape(config: Config) -> None:
         def measure() -> dict[str, float]:
             losses = []
             for views, counts, pseudo_label, used in batches:
-                loss_sup = supervised_loss(model(views["labeled"]), views["label"]) / counts["label"]
+                loss_sup = supervised_loss(model(views["labeled"]), views["label"], saved.ohem or 0.0) / counts["label"]
                 logits_strong = model(torch.cat([views["strong_1"], views["strong_2"]]))
                 losses.append((loss_sup + strong_loss(logits_strong, pseudo_label, used, views, counts)) / 2)
             results = evaluate(model, evaluation_loader(data.val, data, context, 0), info, context, labeled_pixels)

@@ -94,6 +94,7 @@ from common.deeplab import DeepLabV3Plus
 from common.files import read_checkpoint, write_json
 from common.kmeans import balanced_kmeans, kmeans, means
 from common.loading import EvaluationSet, class_pixels, training_loader
+from common.ohem import hard_pixel_loss
 from common.options import RESUMABLE, TrainingOptions, fill_from_recipe, option, parse, require
 from common.pictures import colorize, sample_grid, save_indexed_png
 from common.run import Run, check_options
@@ -202,8 +203,10 @@ def regularize(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, gate: Tensor
     return probs.masked_fill(other if gate is None else other & gate.unsqueeze(1), 0)
 
 
-def supervised_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Sum of the cross entropy over labeled pixels: logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
+def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
+    """Sum of the cross entropy over labeled pixels, or hard ones (`ohem`): logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
+    if ohem:
+        return hard_pixel_loss(F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none"), label, ohem)
     return F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -623,7 +626,7 @@ def usrn_loss(network, views: dict, counts: dict, parent_of: Tensor | None, conf
             pseudo_label, used = select(regularized, config.threshold)
             used = used & views["valid"]
 
-    loss = loss_sup = supervised_loss(logits, views["label"]) / counts["label"]  # Eq. 2
+    loss = loss_sup = supervised_loss(logits, views["label"], config.ohem) / counts["label"]  # Eq. 2
     terms = {"loss_sup": loss_sup}
     if "MSL" in on:
         terms["loss_sup_sub"] = supervised_loss(sub_logits, views["subclass"]) / counts["label"]

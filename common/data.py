@@ -47,6 +47,7 @@ class DatasetInfo:
     threshold: float  # confidence from which the baseline trusts a pseudo label
     evaluation: str  # "whole" image or "sliding" window
     eval_batch: int  # 1 where images differ in size
+    ohem: float = 0.0  # probability up to which labeled pixels count as hard (common.ohem); 0: all are learned from
     # Truth of unlabeled images is read for logging only, where the data set has it at no cost to honesty.
     unlabeled_truth: bool = False
     full_list: PublishedList | str = "train"  # what the unlabeled list is computed from; a str is a list in ImageSets

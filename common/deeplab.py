@@ -127,7 +127,7 @@ def build_encoder(backbone: str, weights: str = "default") -> nn.Module:
     """`weights`: "default" (torchvision's ImageNet weights for ResNets, the shipped file for tiny), the path of a state dict, or
     random ones: "none", and for ResNets with the stem of three convolutions "deep_stem".
 
-    Raises UserError for an unknown backbone and for weights that cannot be had or do not fit.
+    A ResNet's stem is that of the file. Raises UserError for an unknown backbone and for weights that cannot be had or do not fit.
     """
     if backbone not in BACKBONES:
         raise UserError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
@@ -183,7 +183,7 @@ def read_weights(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a foreign file can raise anything; each means the same to the user
         raise UserError(f"{path} is not a PyTorch state dict that loads with weights_only=True: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise UserError(f"{path} is not a state dict of an encoder: it does not hold tensors by name")
     return state
 

@@ -58,6 +58,7 @@ class VolumeInfo:
     blur: tuple[float, float]  # strong view: range of sigma, pixels
     unlabeled_truth: bool = False  # whether truth of unlabeled slices may be read, for logging only
     backbone: str = "unet"
+    ohem: float = 0.0
     head_lr_multiplier: float = 1.0
     epochs: int = 0
 

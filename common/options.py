@@ -49,6 +49,8 @@ class TrainingOptions:
     iterations: int | None = option(None, "optimizer steps instead of epochs")
     lr: float | None = option(None, "learning rate of the encoder; default: the recipe's, linear in the batch size")
     head_lr_multiplier: float | None = option(None, "learning rate of the rest = lr x this; default: the recipe's")
+    ohem: float | None = option(None, "learn labeled images from hard pixels only: those whose class has at most this probability, 16 % at least; 0 = "
+                                      "all; default: the recipe's")
     momentum: float = option(0.9, "SGD momentum")
     weight_decay: float = option(1e-4, "SGD weight decay")
     ema_decay: float = option(0.0, "keep an average of the weights with this decay and evaluate, save and predict with it; 0 = off")
@@ -128,7 +130,8 @@ def fill_from_recipe(config: TrainingOptions, method: str, data, context, images
     require(config.seed >= 0, f"--seed must not be negative, not {config.seed}")
     require(config.num_workers is None or config.num_workers >= 0, "--num-workers must not be negative")
     require(bool(getattr(data, config.eval_split)), f"{info.name} has no {config.eval_split} list: --eval-split val")
-    for name in ("backbone", "crop", "batch_size", "head_lr_multiplier"):
+    require(config.ohem is None or 0 <= config.ohem < 1, f"--ohem must lie in [0, 1), not {config.ohem}")
+    for name in ("backbone", "crop", "batch_size", "head_lr_multiplier", "ohem"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(info, name))
     if config.labeled is None and config.labeled_list is None:

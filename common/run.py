@@ -282,7 +282,8 @@ def write_sample_grid(label_maps, captions, data, device: torch.device, path: Pa
 def check_options(checkpoint: dict, method: str, config, folder: Path, remedy: str = "choose another --output") -> None:
     """Raise UserError unless the checkpoint is of a run with these options."""
     theirs, ours = checkpoint["config"], dataclasses.asdict(config)
-    changed = [name for name in ours if name not in RESUMABLE and theirs.get(name) != ours[name]]
+    # An option that the checkpoint does not know is younger than it.
+    changed = [name for name in ours if name not in RESUMABLE and name in theirs and theirs[name] != ours[name]]
     if checkpoint["method"] != method or changed:
         what = ", ".join(f"--{name.replace('_', '-')} {theirs.get(name)}" for name in changed) or checkpoint["method"]
         raise UserError(f"{folder} holds a run with other options ({what}): repeat its options to go on with it, or {remedy}")

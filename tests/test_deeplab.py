@@ -1,12 +1,17 @@
-"""DeepLabv3+: shapes, sizes, weights that load, feature perturbation."""
+"""DeepLabv3+: shapes, sizes, both stems of the ResNets, weights that load, feature perturbation."""
 
+import dataclasses
+import importlib
 import urllib.error
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
-from common.deeplab import DeepLabV3Plus, ResNetEncoder, TinyEncoder, build_encoder
+import daw
+from common import evaluate
+from common.deeplab import DeepLabV3Plus, ResNetEncoder, TinyEncoder, build_encoder, has_deep_stem
 from common.runtime import UserError
 
 
@@ -24,8 +29,16 @@ def test_size_is_the_published_one_less_the_difference_of_the_stems(backbone, pu
     assert ours == pytest.approx(published - (deep_stem - plain_stem) / 1e6, abs=0.006)
 
 
-def test_output_stride_is_16_and_the_last_stage_is_dilated():
-    encoder = ResNetEncoder("resnet50").eval()
+@pytest.mark.parametrize("backbone, published, exactly", [("resnet50", 40.48, 40_475_957), ("resnet101", 59.47, 59_468_085)])
+def test_size_with_the_deep_stem_is_the_published_one(backbone, published, exactly):
+    with torch.device("meta"):
+        size = parameters(DeepLabV3Plus(backbone, 21, "deep_stem"))
+    assert size == exactly / 1e6 and round(size, 2) == published
+
+
+@pytest.mark.parametrize("deep_stem", [False, True])
+def test_output_stride_is_16_and_the_last_stage_is_dilated(deep_stem):
+    encoder = ResNetEncoder("resnet50", deep_stem).eval()
     low, high = encoder(torch.zeros(1, 3, 65, 97))
     assert low.shape == (1, 256, 17, 25) and high.shape == (1, 2048, 5, 7)
     dilations = {module.dilation for module in encoder.layer4.modules() if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)}
@@ -46,6 +59,76 @@ def test_torchvisions_state_dict_loads_as_it_is(tmp_path):
         assert torch.equal(encoder.eval()(x)[0], theirs)
 
 
+STEM_AND_FIRST_BLOCK = {  # of the field's resnet50.pth; the rest is torchvision's
+    "conv1.0.weight": (64, 3, 3, 3), "conv1.3.weight": (64, 64, 3, 3), "conv1.6.weight": (128, 64, 3, 3),
+    **{f"conv1.{index}.{part}": (64,) for index in (1, 4) for part in ("weight", "bias", "running_mean", "running_var")},
+    **{f"bn1.{part}": (128,) for part in ("weight", "bias", "running_mean", "running_var")},
+    "layer1.0.conv1.weight": (64, 128, 1, 1), "layer1.0.downsample.0.weight": (256, 128, 1, 1),
+}
+
+
+def deep_stem_file() -> dict[str, torch.Tensor]:
+    """A state dict with the keys and shapes of the field's resnet50.pth: with a classifier, without counters; halves to save space."""
+    with torch.device("meta"):
+        theirs = torchvision.models.resnet50(weights=None).state_dict()
+    shapes = {key: tuple(value.shape) for key, value in theirs.items() if "num_batches" not in key and not key.startswith(("conv1.", "bn1."))}
+    torch.manual_seed(0)
+    return {key: torch.rand(shape).sub(0.4).half() if len(shape) > 1 else torch.rand(shape).add(0.5).half()
+            for key, shape in {**shapes, **STEM_AND_FIRST_BLOCK}.items()}
+
+
+def stem_by_hand(images: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Images -> what stage 1 reads."""
+    def norm(x, key):
+        return F.batch_norm(x, *(state[f"{key}.{part}"].float() for part in ("running_mean", "running_var", "weight", "bias")))
+
+    x = F.relu(norm(F.conv2d(images, state["conv1.0.weight"].float(), stride=2, padding=1), "conv1.1"))
+    x = F.relu(norm(F.conv2d(x, state["conv1.3.weight"].float(), padding=1), "conv1.4"))
+    x = F.relu(norm(F.conv2d(x, state["conv1.6.weight"].float(), padding=1), "bn1"))
+    return F.max_pool2d(x, 3, stride=2, padding=1)
+
+
+def test_the_fields_file_with_the_deep_stem_loads_as_it_is(tmp_path):
+    state = deep_stem_file()
+    torch.save(state, tmp_path / "resnet50.pth")
+    encoder = build_encoder("resnet50", str(tmp_path / "resnet50.pth")).eval()
+    own = encoder.state_dict()
+    assert {key for key in own if not key.endswith("num_batches_tracked")} == {key for key in state if not key.startswith("fc.")}
+    assert all(torch.equal(own[key], value.float()) for key, value in state.items() if not key.startswith("fc."))
+    seen, images = [], torch.randn(1, 3, 33, 47)
+    encoder.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        encoder.low_level(images)
+    torch.testing.assert_close(seen[0], stem_by_hand(images, state), rtol=1e-5, atol=1e-4)
+
+    with pytest.raises(UserError, match="resnet101: layer3.6.conv1.weight is missing; .* and [0-9]+ more$"):
+        build_encoder("resnet101", str(tmp_path / "resnet50.pth"))
+    torch.save({**state, "conv1.6.weight": torch.zeros(64, 64, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"resnet50: conv1.6.weight is \[64, 64, 3, 3\] instead of \[128, 64, 3, 3\]$"):
+        build_encoder("resnet50", str(tmp_path / "other.pth"))
+
+
+def test_a_checkpoint_says_which_stem_it_has(tmp_path):
+    for weights in ("none", "deep_stem"):
+        torch.manual_seed(1)
+        model = DeepLabV3Plus("resnet50", 8, weights)
+        config = dataclasses.asdict(daw.Config(dataset="shapes", backbone="resnet50", weights="not/there/any/more.pth"))
+        torch.save({"format": 1, "method": "daw", "config": config, "model": model.state_dict()}, tmp_path / "c.pt")
+        loaded = evaluate.load_model(tmp_path / "c.pt", "cpu")[0]
+        assert len(list(loaded.encoder.conv1.children())) == (7 if weights == "deep_stem" else 0)
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["daw", "usrn", "pos_meo", "diffmatch"])
+@pytest.mark.parametrize("backbone, weights, deep", [
+    ("resnet50", "none", False), ("resnet101", "deep_stem", True), ("tiny", "none", False), ("xception65", "none", False)])
+def test_the_stem_is_recognised_in_every_methods_checkpoint(method, backbone, weights, deep):
+    module = importlib.import_module(method)
+    with torch.device("meta"):
+        model = module.build_model(module.Config(backbone=backbone, weights=weights), 4)
+    assert has_deep_stem(model.state_dict()) is deep
+
+
 def test_weights_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
     def offline(*arguments, **options):
         raise urllib.error.URLError("no network")
@@ -61,8 +144,16 @@ def test_weights_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
     torch.save(TinyEncoder().state_dict(), tmp_path / "tiny.pth")
     with pytest.raises(UserError, match="do not fit the backbone resnet50"):
         build_encoder("resnet50", str(tmp_path / "tiny.pth"))
+    with pytest.raises(UserError, match="conv1.weight is missing; bn1.weight is missing; bn1.bias is missing and [0-9]+ more$"):
+        build_encoder("resnet50", str(tmp_path / "tiny.pth"))
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
+    with pytest.raises(UserError, match="numbers.pth"):
+        build_encoder("resnet50", str(tmp_path / "numbers.pth"))
     with pytest.raises(UserError, match="resnet50"):
         build_encoder("resnet18")
+    for backbone in ("tiny", "xception65"):
+        with pytest.raises(UserError, match=f"{backbone} has one stem only"):
+            build_encoder(backbone, "deep_stem")
 
 
 def test_logits_have_the_images_size_and_constant_predictions_stay_constant():
@@ -94,8 +185,10 @@ def test_perturbed_decoding_drops_whole_channels_of_the_last_images_only():
     assert not torch.allclose(perturbed, plain[1:])
 
 
-def test_parameter_groups_hold_every_parameter_once():
-    model = DeepLabV3Plus("tiny", 4, "none")
+@pytest.mark.parametrize("backbone, weights", [("tiny", "none"), ("resnet50", "none"), ("resnet50", "deep_stem"), ("xception65", "none")])
+def test_parameter_groups_hold_every_parameter_once(backbone, weights):
+    with torch.device("meta"):
+        model = DeepLabV3Plus(backbone, 4, weights)
     encoder, head = model.parameter_groups(0.1, 10)
     assert (encoder["lr"], head["lr"]) == (0.1, 1.0)
     ids = [id(parameter) for group in (encoder, head) for parameter in group["params"]]
