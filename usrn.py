@@ -91,7 +91,7 @@ from torch import Tensor, nn
 from common import augment, runtime
 from common.data import IGNORE, Data, Sample, load_data
 from common.deeplab import DeepLabV3Plus
-from common.files import read_checkpoint, write_json
+from common.files import read_checkpoint, read_picture, write_json
 from common.kmeans import balanced_kmeans, kmeans, means
 from common.loading import EvaluationSet, class_pixels, training_loader
 from common.ohem import hard_pixel_loss
@@ -323,7 +323,7 @@ def sha256_of_labeled(data: Data) -> str:
     digest = hashlib.sha256()
     for sample in data.labeled:
         for file in (sample.image, sample.mask):
-            digest.update(file.encode() + b"\0" + hashlib.sha256((data.root / file).read_bytes()).digest())
+            digest.update(file.encode() + b"\0" + hashlib.sha256(read_picture(data.root / file)).digest())
     return digest.hexdigest()
 
 

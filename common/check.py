@@ -15,6 +15,7 @@ from PIL import Image
 from common import medical
 from common.augment import IGNORE
 from common.data import Data, Sample, load_data
+from common.files import open_picture
 from common.loading import check_same_size, open_image, open_mask
 from common.runtime import Context, UserError
 
@@ -54,7 +55,7 @@ def look(sample: Sample, data: Data) -> tuple[tuple[int, int] | None, np.ndarray
     try:
         path = data.root / sample.image
         if sample.mask is None:
-            with Image.open(path) as image:  # the header alone
+            with Image.open(open_picture(path)) as image:  # the header alone
                 return (image.height, image.width), np.zeros(IGNORE + 1, np.int64), None
         image, mask = open_image(path), open_mask(data.root / sample.mask, data.info.num_classes)
         check_same_size((image.height, image.width), mask, data.root / sample.mask)

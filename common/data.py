@@ -3,7 +3,7 @@
 A data set is an entry of `DATASETS`: classes, palette and the recipe that the field trains it with. Its pictures lie
 as PASCAL VOC has them (JPEGImages/*.jpg, SegmentationClass/*.png with class indices and 255 = ignore,
 ImageSets/Segmentation/*.txt); the embedded `shapes` sets are written in that layout and read by the same code. Your own
-pictures are `folder` (common.folder); `lucchi` is written in VOC's layout once, from its TIFF stacks.
+pictures are `folder` (common.folder); `cityscapes` is read as its archives give it (common.cityscapes); `lucchi` is written in VOC's layout once, from its TIFF stacks.
 
 Published labeled lists are downloaded by commit and verified by SHA-256. The unlabeled list is the full training list
 minus the labeled one, so nothing else is needed and nothing can be in both.
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import lucchi, synthetic
+from common import cityscapes, lucchi, synthetic
 from common.augment import IGNORE
-from common.files import read_text, write_atomically
+from common.files import names_below, read_text, write_atomically
 from common.folder import class_names, folder_lists, present_classes
 from common.pascal import download_voc, find_masks, voc_folder
 from common.runtime import Context, UserError, main_first, run_main
-from common.splits import PublishedList, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
+from common.splits import PublishedList, cityscapes_lists, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -47,6 +47,7 @@ class DatasetInfo:
     threshold: float  # confidence from which the baseline trusts a pseudo label
     evaluation: str  # "whole" image or "sliding" window
     eval_batch: int  # 1 where images differ in size
+    colors: tuple[tuple[int, int, int], ...] = ()  # of the classes; empty: PASCAL VOC's
     ohem: float = 0.0  # probability up to which labeled pixels count as hard (common.ohem); 0: all are learned from
     # Truth of unlabeled images is read for logging only, where the data set has it at no cost to honesty.
     unlabeled_truth: bool = False
@@ -60,7 +61,7 @@ class DatasetInfo:
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(tuple(int(v) for v in colour) for colour in synthetic.voc_palette(256))
+        return self.colors or tuple(tuple(int(v) for v in colour) for colour in synthetic.voc_palette(256))
 
 
 def shapes_info(name: str, crop: int, epochs: int, eval_batch: int) -> DatasetInfo:
@@ -83,6 +84,11 @@ DATASETS = {
             full_list=unimatch_list("splits/pascal/train_aug.txt", 10582,
                                     "f04ab664c71f84950a3a1fd28544b6851500c81a9aff890c4b9279639a32152c"),
             labeled_lists=tuple(pascal_lists().items()),
+        ),
+        DatasetInfo(
+            "cityscapes", cityscapes.CLASSES, default_labeled="1/16", backbone="resnet101", crop=801, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=240,
+            batch_size=8, lr=0.005, head_lr_multiplier=1, threshold=0.0, evaluation="sliding", eval_batch=1, ohem=0.7, colors=cityscapes.COLORS,
+            labeled_lists=tuple(cityscapes_lists().items()),
         ),
         DatasetInfo(
             "lucchi", lucchi.CLASSES, default_labeled="10", backbone="resnet101", crop=512, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=400, batch_size=8,
@@ -149,27 +155,35 @@ def load_data(config, context: Context) -> Data:
             synthetic.generate(root, config.dataset)
         elif config.dataset == "lucchi":
             lucchi.prepare(root)
-        elif config.download:
+        elif config.download and config.dataset == "pascal":
             download_voc(root)
-        top, root = root, voc_folder(root)
+        streets, pascal = config.dataset == "cityscapes", info.classes == VOC_CLASSES
+        top, root = root, root if streets else voc_folder(root)
+        if streets:
+            full, val = (cityscapes.listed(root, split, Sample) for split in ("train", "val"))
+        else:
+            val = read_list(image_set(root, info.val_list))
         if config.unlabeled_list:
             full = read_list(Path(config.unlabeled_list))
         elif isinstance(info.full_list, PublishedList):
             full = read_list(published_list(info.full_list, root, config.download))
-        else:
+        elif not streets:
             full = read_list(image_set(root, info.full_list))
         if config.labeled_list:
             labeled = read_list(Path(config.labeled_list))
         elif config.split_seed is not None:
-            if info.classes == VOC_CLASSES:
+            if pascal:
                 full = find_masks(full, root, top, config.download)
             labeled = random_split(info, root, full, config.labeled or info.default_labeled, config.split_seed)
             if context.is_main:
                 print(f"labeled images: a random split (--split-seed {config.split_seed}), not a published one", flush=True)
+        elif streets and config.labeled == "all":
+            labeled = full
         else:
             labeled = labeled_split(info, root, config.labeled or info.default_labeled, config.download)
-        val = read_list(image_set(root, info.val_list))
-        if info.classes == VOC_CLASSES:
+        if streets:
+            labeled = cityscapes.located(labeled, root)
+        if pascal:
             labeled, val = (find_masks(samples, root, top, config.download) for samples in (labeled, val))
     data = Data(info, root, labeled, unlabeled=[], val=val,
                 tune=read_list(image_set(root, "tune")) if image_set(root, "tune").is_file() else [])
@@ -262,7 +276,8 @@ def check_lists(data: Data) -> None:
         for file in filter(None, (sample.image, sample.mask)):
             folder = data.root / Path(file).parent
             if folder not in present:
-                present[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+                below = names_below(data.root, Path(file).parent.as_posix()) if not folder.is_dir() else ()  # perhaps in an archive
+                present[folder] = set(os.listdir(folder)) if folder.is_dir() else {Path(name).name for name in below}
             if Path(file).name not in present[folder]:
                 hint = ": masks of the augmented set are looked for in SegmentationClassAug and in SBD's cls/*.mat, which --download fetches"
                 raise UserError(f"{data.root / file} is listed but missing" + (hint if data.info.classes == VOC_CLASSES and file == sample.mask else ""))

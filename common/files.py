@@ -1,8 +1,11 @@
-"""Files that are whole or not there: atomic writing, and checkpoints read with care."""
+"""Files that are whole or not there: atomic writing, checkpoints read with care, and pictures in archives that stay zipped."""
 
 import contextlib
+import functools
+import io
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from common.runtime import UserError
 
 FORMAT = 1  # of checkpoints
+ARCHIVES = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")  # looked into where a folder is not unpacked
 
 
 def write_atomically(path: Path, write) -> None:
@@ -37,6 +41,42 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as text: {error}") from error
+
+
+@functools.cache
+def archive(path: Path, process: int) -> zipfile.ZipFile:
+    """An open archive; each process has its own, as a forked one would share the position in the file."""
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a zip archive: {error}") from error
+
+
+def archives_in(folder: Path) -> list[zipfile.ZipFile]:
+    return [archive(folder / name, os.getpid()) for name in ARCHIVES if (folder / name).is_file()]
+
+
+def open_picture(path: Path):
+    """A path for PIL's Image.open, or a file in memory if the path leads into an archive of one of its parent folders."""
+    if not path.exists():
+        for folder in path.parents:
+            for zipped in archives_in(folder):
+                with contextlib.suppress(KeyError):
+                    return io.BytesIO(zipped.read(path.relative_to(folder).as_posix()))
+    return path
+
+
+def read_picture(path: Path) -> bytes:
+    """A picture's file, likewise."""
+    source = open_picture(path)
+    return source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
+
+
+def names_below(root: Path, folder: str) -> set[str]:
+    """Paths relative to `root` of all files below root/folder, unpacked or in an archive."""
+    if (root / folder).is_dir():
+        return {Path(directory, name).relative_to(root).as_posix() for directory, _, names in os.walk(root / folder, followlinks=True) for name in names}
+    return {name for zipped in archives_in(root) for name in zipped.namelist() if name.startswith(f"{folder}/") and not name.endswith("/")}
 
 
 def write_json(path: Path, value) -> None:

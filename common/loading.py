@@ -6,6 +6,7 @@ on the number of ranks nor on the number of workers, and a resumed run goes on w
 """
 
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.augment import weak_geometry
+from common.cityscapes import to_classes
 from common.data import IGNORE, Data, Sample
+from common.files import open_picture
 from common.runtime import Context, UserError
 
 # ---------------------------------------------------------------- reading
@@ -26,22 +29,22 @@ def open_image(path: Path) -> Image.Image:
     16-bit grey values are divided by 257; transparency is dropped.
     """
     try:
-        image = Image.open(path)
+        image = Image.open(open_picture(path))
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # convert would cut off at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL raises each for damaged files
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:  # each for damaged files
         raise UserError(f"cannot read the image {path}: {error}") from error
 
 
 def open_mask(path: Path, num_classes: int) -> np.ndarray:
     """uint8 [H, W] of class indices and 255. Raises UserError for what cannot be read or is out of range."""
     try:
-        with Image.open(path) as image:
-            mask = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(open_picture(path)) as image:
+            mask = to_classes(np.asarray(image), path)
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the mask {path}: {error}") from error
     if mask.ndim != 2:
         raise UserError(f"the mask {path} is not a picture of class indices (palette or grey) but {image.mode}")

@@ -3,7 +3,7 @@
     python -m common.predict --checkpoint runs/daw/latest.pt --output segmented holiday.jpg pictures/
 
 For every picture, of any size, two files: <stem>.png, a palette PNG of the picture's size whose values are the class
-numbers, and <stem>_overlay.png, the classes' colours over the picture. Folders stand for the pictures in them (not
+numbers (for Cityscapes its labelIds, in grey), and <stem>_overlay.png, the classes' colours over the picture. Folders stand for the pictures in them (not
 below). A picture that cannot be read is reported and skipped, and the exit status is then 1.
 
     python -m common.predict --checkpoint runs/diffrect/best.pt --output segmented patient.nii.gz volumes/
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import medical
+from common import cityscapes, medical
 from common.augment import normalize
 from common.data import DatasetInfo
 from common.evaluate import MODES, Predict, class_probabilities, load_model
@@ -107,7 +107,7 @@ def predict_pictures(args: argparse.Namespace, predict: Predict, info: DatasetIn
         try:
             picture = open_image(image)
             label = segment(predict, picture, info, device, args.mode)
-            save_indexed_png(label, info.palette, label_path)
+            save_label_map(label, info, label_path)
             save_png(Image.fromarray(overlay(np.asarray(picture), label, info.palette)), overlay_path)
             print(f"{image} -> {label_path}")
         except torch.OutOfMemoryError:
@@ -117,6 +117,14 @@ def predict_pictures(args: argparse.Namespace, predict: Predict, info: DatasetIn
         except OSError as error:
             problems.append(f"{image}: {error}")
     return problems
+
+
+def save_label_map(label: np.ndarray, info: DatasetInfo, path: Path) -> None:
+    """A palette PNG of class numbers; for Cityscapes grey values that are labelIds, as the benchmark's server wants them."""
+    if info.name == "cityscapes":
+        save_png(Image.fromarray(cityscapes.TO_LABEL_ID[label]), path)
+    else:
+        save_indexed_png(label, info.palette, path)
 
 
 def predict_volumes(args: argparse.Namespace, predict: Predict, size: int, device: torch.device) -> list[str]:

@@ -66,6 +66,24 @@ def pascal_lists() -> dict[str, PublishedList]:
     return lists
 
 
+def cityscapes_lists() -> dict[str, PublishedList]:
+    """Likewise. USRN's own lists of 186 and 372 are other pictures than UniMatch's."""
+    lists = {name: unimatch_list(f"splits/cityscapes/{name.replace('/', '_')}/labeled.txt", lines, sha256) for name, lines, sha256 in (
+        ("1/30", 100, "b11041fef70476fb5564af0ef006a8013622da9cf49c7faf4182f3e26eb32742"),
+        ("1/16", 186, "64195914dce1231133c7dc611fece213bc3a87fe4e0b73fbd96add7dfa8a2f46"),
+        ("1/8", 372, "97291dfc509a8c90ee94e1c5fd1f7668c21205b995f53b963ac133f0ed96ee8e"),
+        ("1/4", 744, "8edd24ae817eed7b49d0a06c95b7bfaf769002c98387e4edeab5e221ab7791c3"),
+        ("1/2", 1488, "90d8e29d4d182c3b3def3d1fac02e454868c4ca632f73696bb521aa05e937ee4"),
+    )}
+    lists |= {str(source.lines): source for source in list(lists.values())}
+    for count, sha256 in (("93", "4b1c7e96aa787977881d8166da69d9aaddf7a1d278d110d61370d0664457f7dd"),
+                          ("186", "52f10d9e34605e97786e72f373024c0223bff2be71d6c8b3d6f3d02f950c496e"),
+                          ("372", "7843f7c2d174ab3e70838c21c584929773f9da9496fcb00f4d02e5bf9cdc6b0d")):
+        lists[f"usrn_{count}"] = usrn_list(f"dataloaders/city_splits0/{count}_train_supervised.txt", int(count), sha256)
+    lists["93"] = lists["usrn_93"]
+    return lists
+
+
 def images_asked_for(labeled: str, total: int) -> int:
     """"92" or "1/16" (of `total`) -> how many images. Raises UserError for anything else."""
     above, slash, below = labeled.partition("/")

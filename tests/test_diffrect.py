@@ -41,6 +41,11 @@ def draw(seed, *shape):
     return torch.randn(*shape, generator=seeded(seed))
 
 
+def resolved(**options) -> diffrect.Config:
+    """A configuration in which no value is left to the recipe."""
+    return diffrect.Config(**{"threshold": 0.3, "consistency": 1.0, "rectify_weight": 0.7, "lambda_u": 0.6, "lambda_l": 0.8, **options})
+
+
 # ---------------------------------------------------------------- Eq. 4: colours
 
 
@@ -232,7 +237,8 @@ def test_with_full_noise_a_reverse_step_is_the_posterior(step, following):
         torch.testing.assert_close(deviation.square(), torch.full_like(z_t, (1 - then) / (1 - now) * beta), rtol=1e-9, atol=1e-12)
     grid = np.linspace(-8, 8, 200_001)
     for number in range(2):
-        log = -((grid - math.sqrt(then) * z0[number].item()) ** 2) / (2 * (1 - then)) - (z_t[number].item() - math.sqrt(alpha) * grid) ** 2 / (2 * (1 - alpha))
+        prior = -((grid - math.sqrt(then) * z0[number].item()) ** 2) / (2 * (1 - then))
+        log = prior - (z_t[number].item() - math.sqrt(alpha) * grid) ** 2 / (2 * (1 - alpha))
         density = np.exp(log - log.max())
         density /= density.sum()
         by_bayes = (density * grid).sum()
@@ -641,8 +647,8 @@ def draw_step(seed, size=2, height=3, width=5):
     """Outputs and views of a step as leaves, small enough for plain loops."""
     views = {"label": draw_labels(seed, size, height, width, ignored=0.2), "truth": draw_labels(seed + 2, size, height, width, ignored=0.1)}
     views["valid"] = draw_labels(seed + 4, size, height, width) > 0
-    views |= {name: torch.rand(size, 1, height, width, generator=seeded(seed + 10 + number)) for number, name in enumerate(("labeled", "weak", "strong", "labeled_strong"))}
     names = ("labeled", "weak", "strong", "labeled_strong")
+    views |= {name: torch.rand(size, 1, height, width, generator=seeded(seed + 10 + number)) for number, name in enumerate(names)}
     outputs = {name: (2 * draw(seed + 20 + number, size, 4, height, width)).requires_grad_() for number, name in enumerate(names)}
     return outputs, views, runtime.pixel_counts([views])
 
@@ -659,7 +665,7 @@ def by_hand(outputs, views, threshold):
 def test_the_segmentation_loss_is_its_equation(model, warm, dice):
     outputs, views, counts = draw_step(200)
     rectified = draw_labels(210, 2, 3, 5) if warm and model in ("lcc", "diffrect") else None
-    config = diffrect.Config(model=model, threshold=0.6, rectify_weight=0.7, pseudo_dice=dice)
+    config = resolved(model=model, threshold=0.6, rectify_weight=0.7, pseudo_dice=dice)
     loss, terms = diffrect.segmentation_loss(outputs, views, counts, rectified, 0.4, config)
     pseudo_label, used = by_hand(outputs, views, 0.6)
     assert 0.2 < used.sum() / views["valid"].sum() < 0.9
@@ -669,7 +675,8 @@ def test_the_segmentation_loss_is_its_equation(model, warm, dice):
         expected["loss_unsup"] = (0.4, plain_loss(outputs["strong"], pseudo_label, used, valid.sum(), dice))
         dices = [[plain_overlap(a, b, 4)[0] for a, b in zip(labels.numpy(), views["truth"].numpy())] for labels in
                  (pseudo_label, pseudo_label if rectified is None else rectified)]
-        assert terms["used"].item() == pytest.approx((used.sum() / valid.sum()).item()) and terms["pseudo_dice"].item() == pytest.approx(np.mean(dices[0]))
+        assert terms["used"].item() == pytest.approx((used.sum() / valid.sum()).item())
+        assert terms["pseudo_dice"].item() == pytest.approx(np.mean(dices[0]))
     if model in ("lcc", "diffrect"):
         assert terms["rectified_dice"].item() == pytest.approx(np.mean(dices[1]))
         expected["loss_rectified"] = (0.7, plain_loss(outputs["weak"], rectified, valid, valid.sum()) if warm else torch.zeros(()))
@@ -690,7 +697,7 @@ def test_the_rectifiers_loss_is_its_equation(model, s2w, w2g, guidance, dice):
     outputs, views, counts = draw_step(220)
     if w2g:
         del outputs["labeled_strong"], views["labeled_strong"]
-    config = diffrect.Config(model=model, s2w=s2w, w2g=w2g, guidance=guidance, threshold=0.6, lambda_u=0.7, lambda_l=0.3, pseudo_dice=dice)
+    config = resolved(model=model, s2w=s2w, w2g=w2g, guidance=guidance, threshold=0.6, lambda_u=0.7, lambda_l=0.3, pseudo_dice=dice)
     colors, masks = diffrect.semantic_colors(4), diffrect.embedded_masks(outputs, views)
     before = {name: mask.clone() for name, mask in masks.items()}
     size = 4 if s2w else 2
@@ -754,7 +761,7 @@ def draw_views(seed, size=2, crop=64):
 
 
 def both_losses(networks, views, config, device="cpu"):
-    """(loss of the segmentation, loss of the rectifier, all terms) of a step as `train` makes it. `networks`: U-Net, rectifier, and what the loop calls."""
+    """(segmentation loss, rectifier's loss, all terms) of a step as `train` makes it. `networks`: U-Net, rectifier and what is called for each."""
     unet, rectifier, network, rectifier_network = networks
     counts = runtime.pixel_counts([views])
     colors = diffrect.mask_colors(config, 4).to(device)
@@ -767,11 +774,12 @@ def both_losses(networks, views, config, device="cpu"):
 
 
 VARIANTS = {"diffrect": {}, "no s2w": {"s2w": False}, "no w2g": {"w2g": False}, "upsample": {"decoder": "upsample"}, "grey": {"colors": False},
-            "no w2g, upsample": {"w2g": False, "decoder": "upsample"}, "lcc": {"model": "lcc"}, "lcc, upsample": {"model": "lcc", "decoder": "upsample"}}
+            "no w2g, upsample": {"w2g": False, "decoder": "upsample"}, "lcc": {"model": "lcc"},
+            "lcc, upsample": {"model": "lcc", "decoder": "upsample"}}
 
 
 def make_step(options, device="cpu"):
-    config = diffrect.Config(**{"threshold": 0.3, **options})
+    config = resolved(**options)
     unet, rectifier = make_networks(diffusion_steps=10 if config.model == "diffrect" else None, decoder=config.decoder)
     views = draw_views(250)
     if config.w2g:
@@ -808,9 +816,10 @@ def test_nothing_labeled_and_nothing_valid_give_numbers():
     outputs, views, _ = draw_step(260)
     views["label"], views["valid"] = torch.full_like(views["label"], IGNORE), views["valid"] & False
     counts = runtime.pixel_counts([views])
-    loss, terms = diffrect.segmentation_loss(outputs, views, counts, draw_labels(262, 2, 3, 5), 1.0, diffrect.Config(threshold=0.5, pseudo_dice=True))
+    loss, terms = diffrect.segmentation_loss(outputs, views, counts, draw_labels(262, 2, 3, 5), 1.0, resolved(threshold=0.5, pseudo_dice=True))
     loss.backward()
-    assert loss == 0 and all(value.isfinite() for value in terms.values()) and not any(part.grad.any() for part in outputs.values() if part.grad is not None)
+    assert loss == 0 and all(value.isfinite() for value in terms.values())
+    assert not any(part.grad.any() for part in outputs.values() if part.grad is not None)
 
 
 def noise_of(x, dtype=None):
@@ -829,7 +838,7 @@ def step_in_float64(context):
     with torch.no_grad():
         for parameter in (*unet.parameters(), *rectifier.parameters()):
             parameter += context.rank  # ranks must start from rank 0's weights
-    config = diffrect.Config(w2g=False, threshold=0.35, pseudo_dice=True)
+    config = resolved(w2g=False, threshold=0.35, pseudo_dice=True)
     networks = [runtime.wrap(network, config, context) for network in (unet, rectifier)]
     views = {name: value.chunk(context.world_size)[context.rank] for name, value in draw_views(270, size=4).items()}
     views = {name: value.double() if value.is_floating_point() else value for name, value in views.items()}
@@ -849,8 +858,9 @@ def step_in_float64(context):
 
 QUICK = ["--dataset", "acdc", "--labeled", "2", "--crop", "64", "--channels", "2", "--batch-size", "2", "--num-workers", "0", "--device", "cpu",
          "--threshold", "0.3", "--log-every", "1"]
-LONGER = [*QUICK, "--iterations", "6", "--warmup", "2", "--rampup", "4", "--eval-every", "4", "--save-every", "1", "--consistency", "0.5", "--rectify-weight",
-          "0.7", "--lambda-u", "0.6", "--lambda-l", "0.8", "--lr", "0.01", "--rectifier-lr", "0.02", "--sampling-steps", "3", "--eta", "1", "--ema-decay", "0.9"]
+LONGER = [*QUICK, "--iterations", "6", "--warmup", "2", "--rampup", "4", "--eval-every", "4", "--save-every", "1", "--consistency", "0.5",
+          "--rectify-weight", "0.7", "--lambda-u", "0.6", "--lambda-l", "0.8", "--lr", "0.01", "--rectifier-lr", "0.02",
+          "--sampling-steps", "3", "--eta", "1", "--ema-decay", "0.9"]
 PARTS = ("model", "rectifier", "optimizer", "rectifier_optimizer", "ema", "rng", "iteration", "last", "best")
 
 refuse = functools.partial(programs.refuse, "diffrect.py")
@@ -1021,7 +1031,9 @@ def test_sigkill_then_the_same_command_ends_with_identical_bits(trained, hearts,
     for name in PARTS:
         assert_identical(ours[name], theirs[name], name)
     assert (tmp_path / "results.json").read_text() == (trained / "results.json").read_text()
-    lines = [[{name: value for name, value in line.items() if name != "images_per_second"} for line in lines_of(folder)] for folder in (tmp_path, trained)]
+    lines = [lines_of(folder) for folder in (tmp_path, trained)]
+    for line in sum(lines, []):
+        del line["images_per_second"]
     assert lines[0] == lines[1]
 
 
@@ -1067,12 +1079,15 @@ def test_variants_train(name, hearts, tmp_path, monkeypatch, keep_signal_handler
     folder, saved = tmp_path / "run", state(tmp_path / "run")
     lines = lines_of(folder)
     assert last["iteration"] == saved["iteration"] == len(lines) == 2 and last["volumes"] == 2
-    assert all(0 < value < 100 for line in lines for key, value in line.items() if key.startswith("loss") and (key, line) != ("loss_rectified", lines[0]))
+    losses = [(key, value) for line in lines for key, value in line.items() if key.startswith("loss")]
+    assert all(0 < value < 100 for key, value in losses if key != "loss_rectified")
+    assert [value > 0 for key, value in losses if key == "loss_rectified"] == ([False, True] if config.model in ("lcc", "diffrect") else [])
     assert json.loads((folder / "results.json").read_text())["test"]["volumes"] == 1
     model = config.model
     logged = {"loss", "loss_sup"} | ({"loss_unsup"} if model != "supervised" else set())
     if model in ("lcc", "diffrect"):
-        logged |= {"loss_rectified", "loss_rectifier", "loss_decoded", "loss_decoded_u"} | ({"loss_latent_l", "loss_latent_u"} if model == "diffrect" else set())
+        logged |= {"loss_rectified", "loss_rectifier", "loss_decoded", "loss_decoded_u"}
+        logged |= {"loss_latent_l", "loss_latent_u"} if model == "diffrect" else set()
     if name == "no s2w":
         logged -= {"loss_latent_u", "loss_decoded_u"}
     assert {key for key in lines[0] if key.startswith("loss")} == logged
@@ -1120,14 +1135,15 @@ def test_the_rectified_picture(hearts, tmp_path, monkeypatch, capsys):
 
 
 BAD = [
-    (["--crop", "60"], "--crop must be a multiple of 64"), (["--crop", "96"], "--crop"), (["--grad-accum", "2"], "--grad-accum"), (["--epochs", "3"], "--epochs"),
-    (["--backbone", "resnet50"], "--backbone"), (["--threshold", "1"], "--threshold"), (["--threshold", "-0.1"], "--threshold"), (["--eta", "2"], "--eta"),
-    (["--eta", "-0.5"], "--eta"), (["--sampling-steps", "11"], "--sampling-steps takes 1 to 10"), (["--sampling-steps", "0"], "--sampling-steps"),
+    (["--crop", "60"], "--crop must be a multiple of 64"), (["--crop", "96"], "--crop"), (["--grad-accum", "2"], "--grad-accum"),
+    (["--epochs", "3"], "--epochs"), (["--backbone", "resnet50"], "--backbone"), (["--threshold", "1"], "--threshold"),
+    (["--threshold", "-0.1"], "--threshold"), (["--eta", "2"], "--eta"), (["--eta", "-0.5"], "--eta"),
+    (["--sampling-steps", "11"], "--sampling-steps takes 1 to 10"), (["--sampling-steps", "0"], "--sampling-steps"),
     (["--diffusion-steps", "3", "--sampling-steps", "4"], "1 to 3"), (["--channels", "0"], "--channels"), (["--rectifier-lr", "0"], "--rectifier-lr"),
     (["--no-s2w", "--no-w2g"], "--model lcc"), (["--model", "fixmatch", "--no-s2w"], "--no-s2w"), (["--model", "lcc", "--no-w2g"], "--no-w2g"),
-    (["--no-s2w", "--batch-size", "1"], "batch norm needs two"), (["--strong-labeled"], "--strong-labeled"),
-    (["--model", "fixmatch", "--labeled", "all"], "no unlabeled patient is left"), (["--labeled", "6"], "--labeled 6"), (["--dataset", "brats"], "brats"),
-    (["--batch-size", "0"], "--batch-size"),
+    (["--no-s2w", "--batch-size", "1"], "batch norm needs two"), (["--batch-size", "0"], "--batch-size"), (["--strong-labeled"], "--strong-labeled"),
+    (["--model", "fixmatch", "--labeled", "all"], "no unlabeled patient is left"), (["--labeled", "6"], "--labeled 6"),
+    (["--dataset", "brats"], "brats"),
 ]
 
 
