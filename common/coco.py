@@ -173,7 +173,7 @@ def read_jobs(source: Path, folder: Path) -> list[Job]:
 
 
 def compact(value: dict) -> dict | Annotation:
-    """json's hook: an annotation as soon as it is read, its numbers in arrays, which is a third of the memory of lists.
+    """json's hook: an annotation as soon as it is read, its numbers in arrays: 8 bytes each instead of a list's 32.
 
     What is no list of numbers stays as it is, for `region` to name.
     """

@@ -3,7 +3,7 @@
 A run folder holds
     config.json      every option as it was resolved      metrics.jsonl   a line per log interval and evaluation
     latest.pt        everything needed to go on           best.pt         the weights of the best evaluation (mIoU, or Dice)
-    results.json     the last and the best evaluation     samples.png     image | label | prediction
+    results.json     the last and the best evaluation, the paper's number     samples.png     image | label | prediction
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from common.evaluate import class_probabilities, evaluate
 from common.files import FORMAT, read_checkpoint, write_atomically, write_json
 from common.loading import EvaluationSet, evaluation_loader
 from common.options import RESUMABLE
+from common.paper import paper_number
 from common.pictures import sample_grid
 from common.runtime import Context, UserError
 
@@ -171,7 +172,7 @@ class Run:
             self.write_line({name: value for name, value in self.last.items() if isinstance(value, (int, float))})
             name = {"miou": "mIoU", "dice": "Dice"}[self.metric]
             self.say(f"iteration {iteration + 1}: {name} {value:.2f} (best {self.best[self.metric]:.2f} at {self.best['iteration']})")
-            write_json(self.folder / "results.json", {"method": self.method, "last": self.last, "best": self.best})
+            self.write_results()
             if is_best:
                 self.write_checkpoint("best.pt", {"model": self.evaluated_model.state_dict(), "iteration": iteration + 1})
 
@@ -179,7 +180,12 @@ class Run:
         """Add an evaluation of the last weights on a test list to results.json."""
         if self.context.is_main:
             self.say(f"test list: {', '.join(f'{name} {value:.2f}' for name, value in results.items() if isinstance(value, float))}")
-            write_json(self.folder / "results.json", {"method": self.method, "last": self.last, "best": self.best, "test": results})
+            self.write_results(test=results)
+
+    def write_results(self, **more) -> None:
+        """results.json: the last and the best evaluation, the paper's number of the same row if there is one, and `more`."""
+        write_json(self.folder / "results.json", {"method": self.method, "paper": paper_number(self.method, self.config), "last": self.last,
+                                                  "best": self.best, **more})
 
     def end_of_step(self, iteration: int) -> None:
         """Save where it is time to; stop in good order after SIGTERM or Ctrl-C."""

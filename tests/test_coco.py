@@ -61,7 +61,7 @@ def random_polygons(rng: np.random.Generator, kind: int) -> tuple[list[list[floa
 def test_polygons_are_those_of_cocos_tools():
     tools = pytest.importorskip("pycocotools.mask", reason="compares with pycocotools where it is installed")
     rng = np.random.default_rng(0)
-    for number in range(1500):
+    for number in range(1000):
         polygons, height, width = random_polygons(rng, number % 6)
         expected = tools.decode(tools.merge(tools.frPyObjects(polygons, height, width)))
         mask = polygon_mask(polygons, height, width)
@@ -319,7 +319,7 @@ def test_masks_are_as_cocos_tools_make_them(root):
 
 
 def test_numbers_are_kept_in_arrays(root):
-    """Lists of floats would take three times the memory: two gigabytes for the training split."""
+    """Lists of floats would take four times the memory: gigabytes for the training split."""
     jobs = coco.read_jobs(coco.annotation_file(root, "train2017"), root)
     shapes = [entry.segmentation for job in jobs for entry in job.annotations if not entry.crowd]
     assert len(shapes) == 6 and all(type(polygon) is array for shape in shapes for polygon in shape)
@@ -368,6 +368,25 @@ def test_masks_of_another_file_are_made_again(root, content, change, monkeypatch
         assert_masks(root)
 
 
+def test_a_run_that_ends_while_it_removes_old_masks(root, monkeypatch):
+    """The masks that are left are not taken for new ones afterwards."""
+    prepare(root, workers=1)
+    unlink, removed = Path.unlink, []
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".png" and len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(root, workers=1, crowd="ignore")
+    monkeypatch.undo()
+    prepare(root, workers=1, crowd="ignore")
+    assert_masks(root, crowd=255)
+
+
 def test_a_damaged_file_does_not_cost_the_masks(root):
     prepare(root, workers=1)
     before = times(root)
@@ -390,14 +409,14 @@ def test_masks_from_elsewhere_are_not_touched(root, note):
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """kill -9 in the middle of two workers: none stays behind, finished masks are whole and kept, and the end is that of a run left alone."""
     root, rng = tmp_path / "coco", np.random.default_rng(0)
-    images = [image(number, 240, 180) for number in range(1, 201)]
+    images = [image(number, 240, 180) for number in range(1, 151)]
     annotations = []
-    for number in range(1, 201):
+    for number in range(1, 151):
         for label in rng.integers(1, 81, 8).tolist():
             annotations.append(annotation(number, label, [(rng.uniform(0, 1, (30, 2)) * (240, 180)).round(2).ravel().tolist()]))
-    write_split(root, "train2017", official(images, annotations))
-    write_split(root, "val2017", official([image(300)], []))
-    folder = root / "masks" / "train2017"
+    write_split(root, "train1517", official(images, annotations))
+    write_split(root, "val1517", official([image(300)], []))
+    folder = root / "masks" / "train1517"
     process = start("-m", "common.coco", "--root", root, "--workers", 2)
     while not (folder.is_dir() and len(list(folder.glob("*.png"))) >= 5):
         assert process.poll() is None, process.communicate()
@@ -405,15 +424,15 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)  # waits for the workers too: they hold the pipes
     before = times(root)
-    assert 5 <= len(before) < 200 and not (root / "masks" / "val2017").exists()
+    assert 5 <= len(before) < 150 and not (root / "masks" / "val1517").exists()
     prepare(root, workers=1)
     after = times(root)
-    assert len(after) == 201 and all(after[name] == before[name] for name in before)
-    jobs = {job.path.name: job for job in coco.read_jobs(coco.annotation_file(root, "train2017"), folder)}
-    for name in [*before, "000000000200.png"]:
+    assert len(after) == 151 and all(after[name] == before[name] for name in before)
+    jobs = {job.path.name: job for job in coco.read_jobs(coco.annotation_file(root, "train1517"), folder)}
+    for name in [*before, "000000000150.png"]:
         job = jobs[name]
         assert np.array_equal(open_mask(folder / name, len(CLASSES)), coco.label_map(job.annotations, job.height, job.width)), name
-    assert json.loads((root / "masks" / "train2017.json").read_text())["masks"] == 200
+    assert json.loads((root / "masks" / "train1517.json").read_text())["masks"] == 150
 
 
 def test_a_worker_that_is_ended(root, monkeypatch):
