@@ -26,6 +26,7 @@ from common.runtime import UserError
 from common.xception import Xception65, from_public_file
 
 TINY_WEIGHTS = Path(__file__).with_name("tiny_encoder.pt")
+STAGES = ("layer1", "layer2", "layer3", "layer4")
 BACKBONES = ("resnet50", "resnet101", "xception65", "tiny")
 
 
@@ -65,6 +66,10 @@ class ResNetEncoder(nn.Module):
             first.conv1, first.downsample[0] = nn.Conv2d(128, 64, 1, bias=False), nn.Conv2d(128, 256, 1, bias=False)
             for conv in (self.conv1[0], self.conv1[3], self.conv1[6], first.conv1, first.downsample[0]):  # as torchvision does
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def checkpointed(self) -> list[nn.Module]:
+        """The blocks that `--checkpoint-activations` computes again. Low stages may have been taken out (usrn.py)."""
+        return [block for name in STAGES if hasattr(self, name) for block in getattr(self, name)]
 
     def low_level(self, images: Tensor) -> Tensor:
         return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
@@ -111,6 +116,9 @@ class TinyEncoder(nn.Module):
         self.layer2 = ResidualBlock(width, 2 * width, stride=2)
         self.layer3 = ResidualBlock(2 * width, 4 * width, stride=2)
         self.layer4 = ResidualBlock(4 * width, 4 * width, dilation=2)
+
+    def checkpointed(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in STAGES if hasattr(self, name)]
 
     def low_level(self, images: Tensor) -> Tensor:
         return self.layer1(self.stem(images))

@@ -127,6 +127,10 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
+    def checkpointed(self) -> list[nn.Module]:
+        """The blocks that `--checkpoint-activations` computes again."""
+        return list(self.blocks)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         h, w = images.shape[2] // self.patch, images.shape[3] // self.patch
         x = self.patch_embed(images)

@@ -67,12 +67,13 @@ class TrainingOptions:
     channels_last: bool = option(True, "NHWC memory format")
     tf32: bool = option(True, "TF32 matrix products and convolutions on GPUs that have it")
     compile: bool = option(False, "torch.compile the network")
+    checkpoint_activations: bool = option(False, "keep less of the encoder for the backward pass and compute it again: less memory, about a third more time")
     tensorboard: bool = option(False, "write TensorBoard events as well (needs the package tensorboard)")
 
 
 # Changing these does not change what is learned, so a run may be resumed under other values.
 RESUMABLE = {"data_root", "output", "download", "eval_every", "save_every", "log_every", "num_workers", "device",
-             "tensorboard", "channels_last", "compile", "weights"}
+             "tensorboard", "channels_last", "compile", "weights", "checkpoint_activations"}
 
 
 def parse(config_class, argv: list[str] | None = None, description: str | None = None, **defaults):

@@ -6,6 +6,7 @@ when there is no process group, so that a method's loop has one form.
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.augment import IGNORE
 
@@ -169,6 +171,8 @@ def wrap(model: nn.Module, config, context: Context, average_gradients: bool = T
     torch.backends.cudnn.benchmark = True
     if context.world_size > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if getattr(config, "checkpoint_activations", False):
+        checkpoint_activations(model)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     if config.compile and not average_gradients:
         import torch._functorch.config as functorch  # by default a compiled backward pass reuses what the forward pass left
@@ -189,6 +193,41 @@ def wrap(model: nn.Module, config, context: Context, average_gradients: bool = T
         network = data_parallel(network, device_ids=[device.index] if device.type == "cuda" else None,
                                 **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})
     return network
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep of each residual or transformer block only its input for the backward pass, which computes the rest again.
+
+    Running statistics of batch norm are those of the first time only.
+    """
+    for stage in model.modules():
+        for block in getattr(stage, "checkpointed", lambda: ())():
+            block.forward = functools.partial(checkpointed_forward, block, block.forward)
+
+
+def checkpointed_forward(block: nn.Module, forward, *arguments):
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), KeepStatistics(block)))
+
+
+class KeepStatistics:
+    """Within it, batch norm leaves its running statistics as they are. (Not to track them would save other tensors than the first time.)
+
+    A class, as a graph that is walked twice enters it twice.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.layers = [(layer, layer.momentum) for layer in block.modules() if getattr(layer, "track_running_stats", False)]
+
+    def __enter__(self) -> None:
+        for layer, _ in self.layers:
+            layer.momentum = 0.0
+
+    def __exit__(self, *error) -> None:
+        for layer, momentum in self.layers:
+            layer.momentum = momentum
+            layer.num_batches_tracked.sub_(1)
 
 
 def autocast(config, device: torch.device):
