@@ -91,6 +91,9 @@ CHUNK = 2**18  # of a gradient, for inner products: float64 copies stay in a CPU
 # UniMatch V2's recipe where it differs from the data set's (UniMatch V1's).
 UNIMATCH_V2 = {
     "pascal": {"backbone": "dinov2_s", "crop": 518, "epochs": 60, "batch_size": 16, "lr": 5e-6, "head_lr_multiplier": 40},
+    "cityscapes": {"backbone": "dinov2_s", "crop": 798, "epochs": 180, "lr": 5e-6, "head_lr_multiplier": 40},
+    "coco": {"backbone": "dinov2_s", "crop": 518, "epochs": 20, "batch_size": 16, "lr": 5e-6, "head_lr_multiplier": 40},
+    "folder": {"backbone": "dinov2_s", "crop": 518, "epochs": 60, "batch_size": 16, "lr": 5e-6, "head_lr_multiplier": 40},
     "shapes": {"backbone": "tiny_vit", "lr": 2e-4, "head_lr_multiplier": 5},
 }
 

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image
 
 from common.augment import IGNORE
-from common.files import write_atomically, write_json
+from common.files import names_below, write_atomically, write_json
 from common.runtime import UserError, run_main
 
 CLASSES = (
@@ -47,6 +47,7 @@ CLASSES = (
     "scissors", "teddy bear", "hair drier", "toothbrush",
 )
 SPLITS = ("train2017", "val2017")
+IMAGES = {"train": 118_287, "val": 5_000}
 CROWDS = ("class", "ignore")  # what a crowd region becomes
 FORMAT = 1  # of the notes beside the masks and of what the masks hold; masks of another one are made again
 CHUNK = 64  # images a worker gets at a time
@@ -367,6 +368,33 @@ def decompress(text: str | bytes) -> list[int]:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return runs
+
+
+# ---------------------------------------------------------------- lists
+
+
+def listed(root: Path, split: str, sample_class) -> list:
+    """All pictures of "train" or "val" with their masks, which are made if there are none. Raises UserError unless all pictures are there."""
+    folder = f"{split}2017"
+    pictures = sorted(name for name in names_below(root, folder) if name.endswith(".jpg"))
+    if len(pictures) != IMAGES[split]:
+        raise UserError(f"{root} has {len(pictures)} pictures in {folder}, COCO has {IMAGES[split]}: fetch {folder}.zip and annotations_trainval2017.zip "
+                        f"from https://cocodataset.org and unpack them there")
+    if not (root / "masks").is_dir():
+        prepare(root)
+    return located([sample_class(name, None) for name in pictures], root, with_masks=True)
+
+
+def located(samples: list, root: Path, with_masks: bool = False) -> list:
+    """The samples with masks where they are: ours in masks/train2017, UniMatch's in masks itself. `with_masks`: also those that name none."""
+    known = {folder: {path.name for path in (root / folder).glob("*.png")} for folder in ("masks", "masks/train2017", "masks/val2017")}
+    placed = []
+    for sample in samples:
+        name, mask = f"{Path(sample.image).stem}.png", None
+        if sample.mask is not None or with_masks:
+            mask = f"masks/{name}" if name in known["masks"] else f"masks/{Path(sample.image).parent.name}/{name}"
+        placed.append(type(sample)(sample.image, mask))
+    return placed
 
 
 # ---------------------------------------------------------------- command line

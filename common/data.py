@@ -3,7 +3,7 @@
 A data set is an entry of `DATASETS`: classes, palette and the recipe that the field trains it with. Its pictures lie
 as PASCAL VOC has them (JPEGImages/*.jpg, SegmentationClass/*.png with class indices and 255 = ignore,
 ImageSets/Segmentation/*.txt); the embedded `shapes` sets are written in that layout and read by the same code. Your own
-pictures are `folder` (common.folder); `cityscapes` is read as its archives give it (common.cityscapes); `lucchi` is written in VOC's layout once, from its TIFF stacks.
+pictures are `folder` (common.folder); `cityscapes` and `coco` are read as their archives give them (common.cityscapes, common.coco); `lucchi` is written in VOC's layout once, from its TIFF stacks.
 
 Published labeled lists are downloaded by commit and verified by SHA-256. The unlabeled list is the full training list
 minus the labeled one, so nothing else is needed and nothing can be in both.
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import cityscapes, lucchi, synthetic
+from common import cityscapes, coco, lucchi, synthetic
 from common.augment import IGNORE
 from common.files import names_below, read_text, write_atomically
 from common.folder import class_names, folder_lists, present_classes
 from common.pascal import download_voc, find_masks, voc_folder
 from common.runtime import Context, UserError, main_first, run_main
-from common.splits import PublishedList, cityscapes_lists, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
+from common.splits import PublishedList, cityscapes_lists, coco_lists, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -91,6 +91,10 @@ DATASETS = {
             labeled_lists=tuple(cityscapes_lists().items()),
         ),
         DatasetInfo(
+            "coco", coco.CLASSES, default_labeled="1/512", backbone="xception65", crop=513, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=30, batch_size=8,
+            lr=0.004, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1, labeled_lists=tuple(coco_lists().items()),
+        ),
+        DatasetInfo(
             "lucchi", lucchi.CLASSES, default_labeled="10", backbone="resnet101", crop=512, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=400, batch_size=8,
             lr=0.001, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
         ),
@@ -157,17 +161,18 @@ def load_data(config, context: Context) -> Data:
             lucchi.prepare(root)
         elif config.download and config.dataset == "pascal":
             download_voc(root)
-        streets, pascal = config.dataset == "cityscapes", info.classes == VOC_CLASSES
-        top, root = root, root if streets else voc_folder(root)
-        if streets:
-            full, val = (cityscapes.listed(root, split, Sample) for split in ("train", "val"))
+        archives = {"cityscapes": cityscapes, "coco": coco}.get(config.dataset)  # whose files say what the full lists are
+        pascal = info.classes == VOC_CLASSES
+        top, root = root, root if archives else voc_folder(root)
+        if archives:
+            full, val = (archives.listed(root, split, Sample) for split in ("train", "val"))
         else:
             val = read_list(image_set(root, info.val_list))
         if config.unlabeled_list:
             full = read_list(Path(config.unlabeled_list))
         elif isinstance(info.full_list, PublishedList):
             full = read_list(published_list(info.full_list, root, config.download))
-        elif not streets:
+        elif not archives:
             full = read_list(image_set(root, info.full_list))
         if config.labeled_list:
             labeled = read_list(Path(config.labeled_list))
@@ -177,12 +182,12 @@ def load_data(config, context: Context) -> Data:
             labeled = random_split(info, root, full, config.labeled or info.default_labeled, config.split_seed)
             if context.is_main:
                 print(f"labeled images: a random split (--split-seed {config.split_seed}), not a published one", flush=True)
-        elif streets and config.labeled == "all":
+        elif archives and config.labeled == "all":
             labeled = full
         else:
             labeled = labeled_split(info, root, config.labeled or info.default_labeled, config.download)
-        if streets:
-            labeled = cityscapes.located(labeled, root)
+        if archives:
+            labeled = archives.located(labeled, root)
         if pascal:
             labeled, val = (find_masks(samples, root, top, config.download) for samples in (labeled, val))
     data = Data(info, root, labeled, unlabeled=[], val=val,

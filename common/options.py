@@ -23,12 +23,12 @@ def option(default, help: str, choices: tuple | None = None, names: tuple[str, .
 class TrainingOptions:
     # data
     dataset: str = option("shapes", "a name from common.data.DATASETS: shapes, shapes_severe, shapes_large (embedded, "
-                                    "made on first use), pascal, cityscapes, lucchi, or folder (your own pictures, see common/folder.py)")
+                                    "made on first use), pascal, cityscapes, coco, lucchi, or folder (your own pictures, see common/folder.py)")
     classes: str | None = option(None, "of --dataset folder: a file with a class a line, or their names separated by commas")
     data_root: str | None = option(None, "folder of the data set; default: data/<dataset>")
     labeled: str | None = option(None, "published labeled list, by its number of images or its fraction (pascal: 92, 183, 366, 732, 1464; of the "
-                                       "augmented set 1/16, 1/8, 1/4, u2pl_1/16, ...; usrn_165, usrn_331, usrn_662; cityscapes: 1/30 to 1/2, 93, usrn_186, ...; lucchi: 5, 10, 20; shapes: 12, 24, 48), or all; "
-                                       "default: 24 for shapes, 92 for pascal, 1/16 for cityscapes, 10 for lucchi, all for folder")
+                                       "augmented set 1/16, 1/8, 1/4, u2pl_1/16, ...; usrn_165, usrn_331, usrn_662; cityscapes: 1/30 to 1/2, 93, usrn_186, ...; coco: 1/512 to 1/32; lucchi: 5, 10, 20; shapes: 12, 24, 48), or all; "
+                                       "default: 24 for shapes, 92 for pascal, 1/16 for cityscapes, 1/512 for coco, 10 for lucchi, all for folder")
     split_seed: int | None = option(None, "draw --labeled many images at random by this seed, every class among them, instead of a published list")
     labeled_list: str | None = option(None, "a file with the labeled images instead: one id, or image path and mask path, "
                                             "a line")
@@ -37,9 +37,10 @@ class TrainingOptions:
     download: bool = option(False, "fetch what is missing of the data set (pascal: VOC2012 through torchvision, and the "
                                    "published lists)")
     # network
-    backbone: str | None = option(None, "resnet50, resnet101 or tiny (pos_meo.py's UniMatch V2: dinov2_s or tiny_vit); default: tiny for "
-                                        "shapes, resnet50 for folder, resnet101 for others")
-    weights: str = option("default", "encoder weights: default (ImageNet, DINOv2, or the shipped file for tiny ones), none, or the path of a state dict")
+    backbone: str | None = option(None, "resnet50, resnet101, xception65 or tiny (pos_meo.py's UniMatch V2: dinov2_s or tiny_vit); default: tiny for "
+                                        "shapes, resnet50 for folder, xception65 for coco, resnet101 for others")
+    weights: str = option("default", "encoder weights: default (ImageNet, DINOv2, or the shipped file for tiny ones), none, deep_stem (none, "
+                                              "for a ResNet whose stem is three convolutions), or the path of a state dict, whose keys say which stem")
     # optimisation
     crop: int | None = option(None, "training crop in pixels; default: the data set's recipe")
     batch_size: int | None = option(None, "labeled images a step over all GPUs, and as many unlabeled; default: the recipe's")

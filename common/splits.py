@@ -84,6 +84,18 @@ def cityscapes_lists() -> dict[str, PublishedList]:
     return lists
 
 
+def coco_lists() -> dict[str, PublishedList]:
+    """Likewise."""
+    lists = {name: unimatch_list(f"splits/coco/{name.replace('/', '_')}/labeled.txt", lines, sha256) for name, lines, sha256 in (
+        ("1/512", 232, "bd0ff85bf2d35b4641d08c2201257ad5b5f02f85ea0da457f44f0b97c4caeb37"),
+        ("1/256", 463, "4cdf41b9d3b3afc3734057a605015860501199ed3680370ccb2c677fc159b127"),
+        ("1/128", 925, "06067c0fb879b8e6ab8f4bdab3dfa641e8e4da2990200fa156daa33670329d79"),
+        ("1/64", 1849, "622b84ccbb5dcba32f4f5bb4ffaf1a9cf3e3f1f460b55dc02605fd099ebf1337"),
+        ("1/32", 3697, "781b5990914f7422ee9e1f6325a914f289e077621b77b9cd066c2d01d33a939e"),
+    )}
+    return lists | {str(source.lines): source for source in lists.values()}
+
+
 def images_asked_for(labeled: str, total: int) -> int:
     """"92" or "1/16" (of `total`) -> how many images. Raises UserError for anything else."""
     above, slash, below = labeled.partition("/")

@@ -111,6 +111,10 @@ class Xception65(nn.Module):
             x = getattr(self, f"block{number}")(x)
         return self.conv5(self.conv4(self.conv3(x)))
 
+    def checkpointed(self) -> list[nn.Module]:
+        """The blocks that `--checkpoint-activations` computes again; block2 is not called as a whole."""
+        return [block for name, block in self.named_children() if name.startswith("block") and name != "block2"]
+
     def low_level(self, images: Tensor) -> Tensor:
         """[B, 512, H/4, W/4]: low, and for `high_level` block2's output, which cannot be computed from low.
 

@@ -230,7 +230,7 @@ def official(images: list[dict], annotations: list[dict]) -> dict:
 
 
 CROWD = np.zeros((40, 50), bool)
-CROWD[20:40, 10:50] = True
+CROWD[25:40, 20:50] = True  # smaller than the table that lies over it
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def content() -> dict:
     return official([image(522418), image(9), image(318219, 30, 60), image(554625)], [
         annotation(318219, BRUSH, [rectangle(0, 0, 2, 3), rectangle(5, 50, 30, 60)]),
         annotation(522418, CAKE, [rectangle(12, 12, 20, 16)]),
-        annotation(9, CAT, [rectangle(15, 15, 25, 25)]),
+        annotation(9, CAT, [rectangle(15, 15, 25, 30)]),
         annotation(522418, TABLE, [rectangle(10, 10, 40, 30)]),  # under the cake and over the crowd, though it is listed between them
         annotation(9, PERSON, {"counts": run_lengths(CROWD), "size": [40, 50]}, crowd=1),
         annotation(522418, PERSON, {"counts": compress(run_lengths(CROWD)), "size": [40, 50]}, crowd=1),
@@ -257,9 +257,9 @@ def root(tmp_path, content) -> Path:
 
 def expected_masks(crowd: int) -> dict[str, np.ndarray]:
     desk, pet, tall, empty = np.zeros((40, 50), np.uint8), np.zeros((40, 50), np.uint8), np.zeros((60, 30), np.uint8), np.zeros((40, 50), np.uint8)
-    desk[20:, 10:], pet[20:, 10:] = crowd, crowd
+    desk[25:, 20:], pet[25:, 20:] = crowd, crowd
     desk[10:30, 10:40], desk[12:16, 12:20] = TABLE, CAKE
-    pet[15:25, 15:25] = CAT
+    pet[15:30, 15:25] = CAT
     tall[:3, :2] = tall[50:, 5:] = BRUSH
     tall[1:3, 1:3], tall[2:4, 2:4] = CAT, PERSON
     return {"000000522418": desk, "000000000009": pet, "000000318219": tall, "000000554625": empty}
@@ -414,9 +414,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     for number in range(1, 151):
         for label in rng.integers(1, 81, 8).tolist():
             annotations.append(annotation(number, label, [(rng.uniform(0, 1, (30, 2)) * (240, 180)).round(2).ravel().tolist()]))
-    write_split(root, "train1517", official(images, annotations))
-    write_split(root, "val1517", official([image(300)], []))
-    folder = root / "masks" / "train1517"
+    write_split(root, "train2017", official(images, annotations))
+    write_split(root, "val2017", official([image(300)], []))
+    folder = root / "masks" / "train2017"
     process = start("-m", "common.coco", "--root", root, "--workers", 2)
     while not (folder.is_dir() and len(list(folder.glob("*.png"))) >= 5):
         assert process.poll() is None, process.communicate()
@@ -424,15 +424,15 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)  # waits for the workers too: they hold the pipes
     before = times(root)
-    assert 5 <= len(before) < 150 and not (root / "masks" / "val1517").exists()
+    assert 5 <= len(before) < 150 and not (root / "masks" / "val2017").exists()
     prepare(root, workers=1)
     after = times(root)
     assert len(after) == 151 and all(after[name] == before[name] for name in before)
-    jobs = {job.path.name: job for job in coco.read_jobs(coco.annotation_file(root, "train1517"), folder)}
+    jobs = {job.path.name: job for job in coco.read_jobs(coco.annotation_file(root, "train2017"), folder)}
     for name in [*before, "000000000150.png"]:
         job = jobs[name]
         assert np.array_equal(open_mask(folder / name, len(CLASSES)), coco.label_map(job.annotations, job.height, job.width)), name
-    assert json.loads((root / "masks" / "train1517.json").read_text())["masks"] == 150
+    assert json.loads((root / "masks" / "train2017.json").read_text())["masks"] == 150
 
 
 def test_a_worker_that_is_ended(root, monkeypatch):

@@ -994,13 +994,15 @@ def test_a_step_of_the_loop(hearts, tmp_path, monkeypatch, keep_signal_handlers)
     note("rectifier_loss", 1)
     monkeypatch.setattr(torch.optim.SGD, "step", check)
     monkeypatch.setattr(diffrect.Rectifier, "rectify", lambda *given: calls.append(("rectify", (*given, rectify(*given)))) or calls[-1][1][-1])
-    diffrect.train(configured(*QUICK, "--iterations", "3", "--warmup", "1", "--eval-every", "1", "--data-root", hearts, "--output", tmp_path / "run"))
+    diffrect.train(configured(*QUICK, "--iterations", "3", "--warmup", "1", "--eval-every", "1", "--sampling-steps", "3", "--eta", "1",
+                              "--data-root", hearts, "--output", tmp_path / "run"))
     assert steps == [1, 0] * 3 and len(models) == 2
     names = ["rectifier_loss", "segmentation_loss"] + 2 * ["rectifier_loss", "rectify", "segmentation_loss"]
     assert [name for name, _ in calls[: len(names)]] == names and calls[1][1][3] is None
     for number in (2, 5):
         (_, masks, views, counts, colors, outputs, *_), rectified, learned = (arguments for _, arguments in calls[number : number + 3])
-        assert rectified[0] is models[1] and rectified[2] is views["weak"] and rectified[3] is masks["tau_u"] and rectified[4:6] == (2, 0.0)
+        assert rectified[0] is models[1] and rectified[2] is views["weak"] and rectified[3] is masks["tau_u"]
+        assert len(rectified) == 7 and rectified[4:6] == (3, 1.0)
         assert torch.equal(rectified[1], diffrect.color_masks(masks["weak"], colors))
         assert learned[0] is outputs and learned[1] is views and learned[2] is counts and learned[3] is rectified[-1]
 
