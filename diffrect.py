@@ -100,7 +100,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, medical, runtime
+from common import augment, medical, runtime, scores
 from common.augment import IGNORE
 from common.options import TrainingOptions, fill_from_recipe, option, parse, require
 from common.pictures import sample_grid
@@ -512,16 +512,16 @@ def train(config: Config) -> dict:
 
         run.log(iteration, {name: value.detach() for name, value in {**own_terms, **terms}.items()})
         if run.should_evaluate(iteration):
-            run.note_results(iteration, medical.evaluate_volumes(predictor(run.evaluated_model, config), data.val, data.info, context))
+            run.note_results(iteration, scores.evaluate_volumes(predictor(run.evaluated_model, config), data.val, data.info, context))
             model.train()
         run.end_of_step(iteration)
 
     run.release_signals()  # what follows can be done again by the same command
     predict = predictor(run.evaluated_model, config)
     if data.test:
-        run.note_test(medical.evaluate_volumes(predict, data.test, data.info, context))
+        run.note_test(scores.evaluate_volumes(predict, data.test, data.info, context))
     if context.is_main:
-        medical.write_samples(predict, data, config.crop, context.device, Path(config.output) / "samples.png")
+        scores.write_samples(predict, data, config.crop, context.device, Path(config.output) / "samples.png")
         if rectifies:
             write_rectified(model, rectifier, colors, data, config, context.device, Path(config.output) / "rectified.png")
     return run.last
@@ -539,6 +539,8 @@ def check(config: Config, data: medical.VolumeData, context: runtime.Context) ->
     require(config.grad_accum == 1, "--grad-accum is not for diffrect.py: Dice is a ratio of sums over the whole batch")
     require(config.backbone == "unet", f"--backbone takes unet here, not {config.backbone}")
     require(0 <= config.threshold < 1, f"--threshold must lie in [0, 1), not {config.threshold}")
+    for name in ("consistency", "rectify_weight", "lambda_u", "lambda_l", "rampup", "warmup"):
+        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
     require(config.channels >= 1 and config.rectifier_lr > 0, "--channels and --rectifier-lr must be positive")
     require(0 <= config.eta <= 1, f"--eta must lie in [0, 1], not {config.eta}")
     require(1 <= config.sampling_steps <= config.diffusion_steps, f"--sampling-steps takes 1 to {config.diffusion_steps} (--diffusion-steps), not {config.sampling_steps}")
@@ -645,7 +647,7 @@ def write_rectified(model: UNet, rectifier: Rectifier, colors: Tensor, data: med
     """A picture of validation slices: image | weak pseudo label | rectified label | truth. tau is that of a mask and itself: there is one view."""
     model.eval()
     rows = []
-    for image, truth in medical.middle_slices(data.val[:6], data.info, config.crop):
+    for image, truth in scores.middle_slices(data.val[:6], data.info, config.crop):
         slices = torch.from_numpy(image)[None, None].to(device).float() / 255
         label = model(slices).argmax(dim=1)
         tau = calibration_guidance(config.guidance, label, label, data.info.num_classes)

@@ -6,15 +6,14 @@ ROOT holds what COCO gives out: annotations/instances_{train,val}2017.json and t
 masks/{train,val}2017/<12 digits>.png, 8-bit grey without a palette: 0 = background, 1 to 80 = the categories in the order of their ids.
 This is the layout of UniMatch's users, whose lists name these files.
 
-Instances overlap and crowds are drawn roughly, so that a label map is a choice:
+Instances overlap and crowds are drawn roughly, so that a label map is a choice. We found no word on how the benchmark's masks were made:
+PseudoSeg's repository reads 81 classes and 255 from files that it has no script for, and UniMatch hands out finished masks.
 
-                  PseudoSeg's paper   released                                        here
-    instances     not said            PseudoSeg: no script, its code reads 81         all, from the largest to the smallest, so that what lies on
-                                      classes and 255; UniMatch: finished masks       a table is not hidden by the table; equal sizes in file order
-    overlaps      not said            not said                                          the smaller instance (torchvision's references: 255)
-    crowd regions not said            not said                                          their class, below all instances (torchvision's references: their
-                                                                                        class, too); --crowd ignore: 255 where no instance lies
-    polygons      -                   -                                                 pixel for pixel those of COCO's own tools
+                    torchvision's references               here
+    instances       all                                    all, from the largest to the smallest, equal sizes in file order
+    overlaps        255                                    the smaller instance, so that the cake is not hidden by the table
+    crowd regions   as any instance                        their class, below all instances; --crowd ignore: 255 where no instance lies
+    polygons        by COCO's own tools                    as by COCO's own tools, pixel for pixel
 
 Scores on these masks and on UniMatch's may differ by what is said here; compare methods on one of them.
 """
@@ -156,7 +155,8 @@ def read_jobs(source: Path, folder: Path) -> list[Job]:
             raise UserError(f"{source}: an image has no id, height or width: {str(image)[:80]!r}")
         number, height, width = sizes
         if image.get("file_name") != f"{number:012}.jpg":
-            raise UserError(f"{source}: image {number} is called {image.get('file_name')!r}, not {number:012}.jpg as in 2017: is it another year's file?")
+            raise UserError(f"{source}: image {number} is called {image.get('file_name')!r}, not {number:012}.jpg as in 2017: "
+                            f"is it another year's file?")
         if number in jobs:
             raise UserError(f"{source}: image {number} is listed twice")
         jobs[number] = Job(folder / f"{number:012}.png", height, width, [])

@@ -12,7 +12,7 @@
     python -m common.evaluate --checkpoint runs/daw/latest.pt --figure calibration.png
     torchrun --nproc-per-node 4 -m common.evaluate --checkpoint runs/daw/latest.pt
 
-Checkpoints of volumes (diffrect.py) are scored by common.medical: Dice, Jaccard and surface distances of each volume.
+Checkpoints of volumes (diffrect.py) are scored by common.scores: Dice, Jaccard and surface distances of each volume.
 
     python -m common.evaluate --checkpoint runs/diffrect/best.pt --split test
     python -m common.evaluate --checkpoint runs/diffrect/best.pt --volumes folder_of_npz_files
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import medical
+from common import medical, scores
 from common.augment import normalize
 from common.data import DATASETS, IGNORE, DatasetInfo, dataset_info, load_data
 from common.deeplab import has_deep_stem, misfit
@@ -301,9 +301,9 @@ def evaluate_volumes(args: argparse.Namespace, predict: Predict, config, info: m
     if not files:
         raise UserError(f"{info.name} has no {args.split} list")
     results = {"checkpoint": args.checkpoint, "split": str(args.volumes or args.split), "released_empty": args.released_empty,
-               **medical.evaluate_volumes(predict, files, info, context, args.released_empty)}
+               **scores.evaluate_volumes(predict, files, info, context, args.released_empty)}
     if context.is_main:
-        print(medical.report(results))
+        print(scores.report(results))
         if args.output:
             write_json(args.output, results)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import cityscapes, medical
+from common import cityscapes, medical, scores
 from common.augment import normalize
 from common.data import DatasetInfo
 from common.evaluate import MODES, Predict, class_probabilities, load_model
@@ -142,7 +142,7 @@ def predict_volumes(args: argparse.Namespace, predict: Predict, size: int, devic
         else:
             targets.add(target.resolve())
             try:
-                medical.predict_file(predict, volume, target, size, device)
+                scores.predict_file(predict, volume, target, size, device)
                 print(f"{volume} -> {target}")
             except UserError as error:
                 problems.append(str(error))

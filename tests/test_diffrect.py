@@ -19,7 +19,7 @@ from torch import nn
 
 import diffrect
 import programs
-from common import medical, runtime
+from common import medical, runtime, scores
 from common.options import parse
 from programs import assert_identical, kill_after_first_checkpoint, state, succeed
 
@@ -1063,7 +1063,7 @@ def test_variants_train(name, hearts, tmp_path, monkeypatch, keep_signal_handler
     if name == "compile":  # traces the graphs; making kernels of them would take a minute
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     seen, averaged, evaluated = [], [], []
-    rectify, average, evaluate = diffrect.Rectifier.rectify, runtime.WeightAverage.update, medical.evaluate_volumes
+    rectify, average, evaluate = diffrect.Rectifier.rectify, runtime.WeightAverage.update, scores.evaluate_volumes
 
     def noted(self, masks, *arguments):
         seen.append((masks, self.alpha_bar, arguments[2:]))
@@ -1075,7 +1075,7 @@ def test_variants_train(name, hearts, tmp_path, monkeypatch, keep_signal_handler
 
     monkeypatch.setattr(diffrect.Rectifier, "rectify", noted)
     monkeypatch.setattr(runtime.WeightAverage, "update", lambda self, iteration: averaged.append(iteration) or average(self, iteration))
-    monkeypatch.setattr(medical, "evaluate_volumes", note_evaluation)
+    monkeypatch.setattr(scores, "evaluate_volumes", note_evaluation)
     config = configured(*QUICK, "--iterations", "2", "--warmup", "1", "--data-root", hearts, "--output", tmp_path / "run", *RUNS[name])
     last = diffrect.train(config)
     folder, saved = tmp_path / "run", state(tmp_path / "run")

@@ -18,9 +18,10 @@ from PIL import Image
 from programs import refuse, run, run_as_program, succeed
 
 import diffrect
-from common import medical
-from common.medical import DATASETS, METRICS, Slices, Volume, VolumeData, VolumeFile, load_volumes, read_volume, write_volume
+from common import medical, scores
+from common.medical import DATASETS, Slices, Volume, VolumeData, VolumeFile, load_volumes, read_volume, write_volume
 from common.runtime import Context, UserError
+from common.scores import METRICS
 
 CPU = torch.device("cpu")
 ALONE = Context(0, 1, CPU)
@@ -225,7 +226,7 @@ def stripes(slices: int, size: int, blocks: int = 4) -> np.ndarray:
 @pytest.mark.parametrize("height, width", [(16, 16), (32, 48), (80, 8), (12, 100)])
 @pytest.mark.parametrize("at_once", [1, 4, 7, 100])
 def test_a_volume_is_segmented_on_its_own_grid(height, width, at_once, monkeypatch):
-    monkeypatch.setattr(medical, "SLICES_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "SLICES_AT_ONCE", at_once)
     pattern, sizes = torch.from_numpy(stripes(9, 16)), []
 
     def predict(slices):
@@ -234,7 +235,7 @@ def test_a_volume_is_segmented_on_its_own_grid(height, width, at_once, monkeypat
         sizes.append(len(slices))
         return 9 * torch.nn.functional.one_hot(pattern[first : first + len(slices)], 4).permute(0, 3, 1, 2).bfloat16()
 
-    label = medical.segment_volume(predict, np.random.default_rng(0).random((9, height, width), np.float32), 16, CPU)
+    label = scores.segment_volume(predict, np.random.default_rng(0).random((9, height, width), np.float32), 16, CPU)
     assert label.shape == (9, height, width) and label.dtype == np.uint8
     assert max(sizes) <= at_once and sum(sizes) == 9
     rows, columns = ((2 * np.arange(length) + 1) * 16 // (2 * length) for length in (height, width))
@@ -250,7 +251,7 @@ def test_the_network_sees_bytes_and_its_logits_are_resized_before_the_argmax():
         logits[:, 1, :, 1], logits[:, 2, :, 2], logits[:, 0] = 1.0, 1.0, 0.8
         return logits
 
-    label = medical.segment_volume(predict, np.full((1, 8, 12), 0.35, np.float32), 4, CPU)
+    label = scores.segment_volume(predict, np.full((1, 8, 12), 0.35, np.float32), 4, CPU)
     assert torch.equal(seen[0], torch.full((1, 1, 4, 4), 89 / 255))  # 89.25 of 255
     # Class 1 at columns 2 to 6 of 12: 1/3, 2/3, 1, 2/3, 1/3; class 0 is at 0.8 everywhere.
     assert np.array_equal(label[0], np.tile([0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0], (8, 1)))
@@ -446,7 +447,7 @@ def listed(tmp_path) -> SimpleNamespace:
         (tmp_path / "lists" / f"{name}.txt").write_text(text)
         for line in filter(str.strip, text.splitlines()):
             (tmp_path / "volumes" / f"{line.split()[1]}.npz").touch()
-    return SimpleNamespace(dataset="acdc", data_root=str(tmp_path), labeled="2", labeled_list=None, unlabeled_list=None)
+    return SimpleNamespace(dataset="acdc", data_root=str(tmp_path), labeled="2", labeled_list=None, unlabeled_list=None, split_seed=None)
 
 
 def names(files: list[VolumeFile]) -> list[str]:
@@ -582,13 +583,13 @@ def test_scores_of_slabs_are_known():
     prediction[:, :, 15], label[:, :, 15], label[:, :, 21] = 2, 2, 2  # half of the label is missed, 6 columns away
     label[:, 2:5, 30:33], prediction[:, 2:5, 30:33], prediction[:, 9:, 36:] = 3, 3, 3
     label[:, 9:, 36:] = 255  # a false alarm that nobody judges
-    table = medical.score(prediction, label, 4, SPACING)
+    table = scores.score(prediction, label, 4, SPACING)
     assert table.shape == (3, len(METRICS)) and table.dtype == np.float64
     first, second, third = (dict(zip(METRICS, row)) for row in table)
     assert first == {"dice": 0, "jaccard": 0, "hd95": 3, "asd": 3, "assd": 3, "hd95_mm": 30, "asd_mm": 30, "assd_mm": 30}
     assert second == {"dice": pytest.approx(2 / 3), "jaccard": 0.5, "hd95": 6, "asd": 0, "assd": 1.5, "hd95_mm": 9, "asd_mm": 0, "assd_mm": 2.25}
     assert third == {"dice": 1, "jaccard": 1, **dict.fromkeys(METRICS[2:], 0)}
-    without = medical.score(prediction, label, 4, None)
+    without = scores.score(prediction, label, 4, None)
     assert np.array_equal(without[:, :5], table[:, :5]) and np.isnan(without[:, 5:]).all()
 
 
@@ -658,7 +659,7 @@ def assert_results(results: dict, tables: dict[str, list[dict]]) -> None:
 def test_evaluation_equals_counting_by_hand(scored):
     files, tables = scored
     info = replace(INFO, crop=16)
-    results = medical.evaluate_volumes(decode, files, info, ALONE)
+    results = scores.evaluate_volumes(decode, files, info, ALONE)
     assert_results(results, tables)
     assert results["volumes"] == 6 and results["patients"] == 5 and list(results["scores"]) == list(CASES)
     two = INFO.classes[2]
@@ -668,13 +669,13 @@ def test_evaluation_equals_counting_by_hand(scored):
     assert results["empty_masks"] == 4
     assert [results["scores"][name][two]["dice"] for name in ("missed", "invented", "absent")] == [0, 0, 100]
     assert results["scores"]["plain too"][two]["hd95_mm"] is None and results["scores"]["plain too"][two]["hd95"] > 0
-    text = medical.report(results)
+    text = scores.report(results)
     assert len(text.splitlines()) == 1 + 3 + 1 + 1 + 4 + 1 and "leave these out" in text and f"{results['dice']:.2f}" in text and "6 volumes of 5 patients" in text
 
     released = {name: [dict(row) for row in rows] for name, rows in tables.items()}
     for case in results["empty"]:  # DiffRect's test script: 0, 0, 50, 10, and no word on mm
         released[case["volume"]][INFO.classes.index(case["class"]) - 1].update(dice=0, jaccard=0, hd95=50, asd=10)
-    results = medical.evaluate_volumes(decode, files, info, ALONE, released_empty=True)
+    results = scores.evaluate_volumes(decode, files, info, ALONE, released_empty=True)
     assert_results(results, released)
     assert results["empty_masks"] == 4
 
@@ -683,11 +684,11 @@ def test_a_mean_of_nothing_is_none(scored):
     files, tables = scored
     for name in ("missed", "absent"):
         only = [file for file in files if file.name == name]
-        results = medical.evaluate_volumes(decode, only, replace(INFO, crop=16), ALONE)
+        results = scores.evaluate_volumes(decode, only, replace(INFO, crop=16), ALONE)
         assert_results(results, {name: tables[name]})
         assert results["per_class"][INFO.classes[2]]["hd95"] is None and results["hd95"] is not None  # the other classes have one
-        assert " - " in medical.report(results)
-    nothing = medical.evaluate_volumes(lambda slices: decode(0 * slices), files[:1], replace(INFO, crop=16), ALONE)
+        assert " - " in scores.report(results)
+    nothing = scores.evaluate_volumes(lambda slices: decode(0 * slices), files[:1], replace(INFO, crop=16), ALONE)
     assert nothing["dice"] == 0 and nothing["hd95"] is None and nothing["empty_masks"] == 3
     json.dumps(nothing, allow_nan=False)
 
@@ -696,7 +697,7 @@ def test_a_mean_of_nothing_is_none(scored):
 def test_ranks_share_the_volumes(ranks, scored, monkeypatch):
     files, _ = scored
     info, tables, seen = replace(INFO, crop=16), [], []
-    alone = medical.evaluate_volumes(decode, files, info, ALONE)
+    alone = scores.evaluate_volumes(decode, files, info, ALONE)
 
     class Enough(Exception):
         pass
@@ -707,13 +708,13 @@ def test_ranks_share_the_volumes(ranks, scored, monkeypatch):
             raise Enough
         return sum(tables)
 
-    monkeypatch.setattr(medical, "all_reduce_sum", collect)
+    monkeypatch.setattr(scores, "all_reduce_sum", collect)
     read = medical.read_volume
-    monkeypatch.setattr(medical, "read_volume", lambda path, classes: seen.append(path) or read(path, classes))
+    monkeypatch.setattr(scores, "read_volume", lambda path, classes: seen.append(path) or read(path, classes))
     for rank in reversed(range(1, ranks)):
         with pytest.raises(Enough):
-            medical.evaluate_volumes(decode, files, info, Context(rank, ranks, CPU))
-    assert medical.evaluate_volumes(decode, files, info, Context(0, ranks, CPU)) == alone
+            scores.evaluate_volumes(decode, files, info, Context(rank, ranks, CPU))
+    assert scores.evaluate_volumes(decode, files, info, Context(0, ranks, CPU)) == alone
     assert sorted(seen) == sorted(file.path for file in files)  # each once
 
 
@@ -724,7 +725,7 @@ def test_volumes_of_a_folder(scored, tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert str(folder) in error_of(medical.volumes_in, folder)
     write_volume(tmp_path / "bare.npz", replace(random_volume(), label=None))
-    assert "bare.npz has no label" in error_of(medical.evaluate_volumes, decode, medical.volumes_in(tmp_path), replace(INFO, crop=16), ALONE)
+    assert "bare.npz has no label" in error_of(scores.evaluate_volumes, decode, medical.volumes_in(tmp_path), replace(INFO, crop=16), ALONE)
 
 
 # ---------------------------------------------------------------- the programs
@@ -928,7 +929,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(nibabel, "save", fill)
     target = tmp_path / "out" / "heart.nii.gz"
-    message = error_of(medical.predict_file, decode, tmp_path / "heart.nii.gz", target, 16, CPU)
+    message = error_of(scores.predict_file, decode, tmp_path / "heart.nii.gz", target, 16, CPU)
     assert str(target) in message and "No space left" in message and not any(target.parent.iterdir())
 
 
