@@ -69,7 +69,7 @@ Measured on the embedded data (24 labels, mIoU, one to three seeds; README): lab
 IV 56.0, USRN 56.7, with plain k-means 54.9: subclasses do not help there. PASCAL has not been run.
 
 Ablations: --model baseline | self-training | I | II | III | IV | USRN (Table 3), --clustering (Table 4), --share (Table 5),
---threshold (Table 6), --gate.
+--threshold (Table 6), --architecture (Table 9), --gate.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ from torch import Tensor, nn
 
 from common import augment, runtime
 from common.data import IGNORE, Data, Sample, load_data
-from common.deeplab import DeepLabV3Plus
+from common.deeplab import ARCHITECTURES, DeepLabV3Plus
 from common.files import read_checkpoint, read_picture, write_json
 from common.kmeans import balanced_kmeans, kmeans, means
 from common.loading import EvaluationSet, class_pixels, training_loader
@@ -124,6 +124,7 @@ class Config(TrainingOptions):
     lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8")
     clustering: str = option("balanced", "balanced or plain k-means (Table 4)", choices=("balanced", "plain"))
     share: str = option("low", "what F and F_sub share (Table 5): nothing, the stem and stage 1, or the whole encoder", choices=("none", "low", "all"))
+    architecture: str = option("deeplabv3plus", "of both networks (Table 9, without PSANet)", choices=tuple(ARCHITECTURES))
     max_subclasses: int | None = option(None, "subclasses in all; clusters are larger than the smallest class where these would be more. "
                                               "Default: the labeled images, 255 at most; 255: the paper's rule")
     pool: int = option(2, "unlabeled losses at features averaged over so many cells each way; 0: at the pixels of the crop")
@@ -346,12 +347,12 @@ def read_record(folder: Path, key: dict, data: Data) -> dict | None:
 
 @torch.inference_mode()
 def extract_features(model: nn.Module, samples: list[Sample], data: Data, context: Context) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> features of the image's cells, float16 [h, w, D], and their labels uint8 [h, w]; a cell is 2 x 2 features."""
+    """name -> features of the image's cells, float16 [h, w, D], and their labels uint8 [h, w]; a cell is 2 x 2 features (PSPNet: one)."""
     model.eval()
     tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it would start anew for every size
     cells = {}
     for item in EvaluationSet(samples, data.root, data.info.num_classes):
-        features = F.avg_pool2d(model.features(augment.normalize(item["image"][None].to(context.device))), 2, ceil_mode=True)
+        features = F.avg_pool2d(model.features(augment.normalize(item["image"][None].to(context.device))), model.cell, ceil_mode=True)
         rows, columns = (cell_centres(pixels, count) for pixels, count in zip(item["label"].shape, features.shape[2:]))
         cells[item["name"]] = features[0].permute(1, 2, 0).clamp(-65504, 65504).half().cpu(), item["label"][rows][:, columns]
     model.train()
@@ -503,7 +504,7 @@ def earlier_run(config: Config, data: Data, labeled: str, context: Context) -> t
 def train_supervised(config: Config, data: Data, context: Context, labeled: str) -> nn.Module:
     """Stage 1: F trained on labeled images, in the folder supervised/; what lies there is used if it is what would be made."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingOptions)}
-    own = Config(**{**shared, "output": str(Path(config.output) / "supervised"), "iterations": config.supervised_iterations, "model": "baseline"})
+    own = Config(**{**shared, "output": str(Path(config.output) / "supervised"), "iterations": config.supervised_iterations, "model": "baseline", "architecture": config.architecture})
     own.eval_every, own.save_every = own.iterations, min(config.save_every, own.iterations)
     folder = Path(own.output)
     options = {name: value for name, value in dataclasses.asdict(own).items() if name not in RESUMABLE or name == "weights"}
@@ -547,7 +548,7 @@ def train_stage(config: Config, data: Data, context: Context, subclasses: Subcla
     images_per_label = 2 if "OST" in on else 1
     runtime.seed_everything(config.seed)
     model = build_model(config, data.info.num_classes)
-    subclass_model = DeepLabV3Plus(config.backbone, len(subclasses.parent_of), config.weights) if subclasses else None
+    subclass_model = build_model(config, len(subclasses.parent_of)) if subclasses else None
     both = USRN(model, subclass_model, config.share, config.pool)
     cells = cells_of(both, config.crop) if "OST" in on else None
     network = runtime.wrap(both, config, context)
@@ -660,7 +661,7 @@ def report(means: dict[str, float]) -> dict[str, float]:
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """F, which is all that inference needs."""
-    return DeepLabV3Plus(config.backbone, num_classes, config.weights)
+    return ARCHITECTURES[config.architecture](config.backbone, num_classes, config.weights)
 
 
 def predictor(model: nn.Module, config: Config):

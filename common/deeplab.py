@@ -242,6 +242,8 @@ class DeepLabV3Plus(nn.Module):
     dropout (UniMatch's feature perturbation): ([B, C, H, W], [k, C, H, W]).
     """
 
+    cell = 2  # usrn.py clusters averages of so many features each way
+
     def __init__(self, backbone: str, num_classes: int, weights: str = "default"):
         super().__init__()
         self.encoder = build_encoder(backbone, weights)
@@ -282,3 +284,30 @@ class DeepLabV3Plus(nn.Module):
         in_encoder = {id(parameter) for parameter in encoder}
         head = [parameter for parameter in self.parameters() if id(parameter) not in in_encoder]
         return [{"params": encoder, "lr": lr}, {"params": head, "lr": lr * head_lr_multiplier}]
+
+
+class PSPNet(DeepLabV3Plus):
+    """Pyramid scene parsing network, Zhao et al., CVPR 2017, on the same encoders (output stride 16): the high features beside their averages
+    over 1, 2x2, 3x3 and 6x6 regions. No low features, so z is at the encoder's stride.
+    """
+
+    BINS = (1, 2, 3, 6)
+    cell = 1
+
+    def __init__(self, backbone: str, num_classes: int, weights: str = "default"):
+        nn.Module.__init__(self)
+        self.encoder = build_encoder(backbone, weights)
+        high = self.encoder.high_channels
+        self.channels = 32 if backbone == "tiny" else 512
+        self.pyramid = nn.ModuleList(conv_bn_relu(high, high // len(self.BINS), 1) for _ in self.BINS)
+        self.fuse = conv_bn_relu(high + len(self.BINS) * (high // len(self.BINS)), self.channels, 3)
+        self.classifier = nn.Conv2d(self.channels, num_classes, 1)
+
+    def decode(self, low: Tensor, high: Tensor) -> Tensor:
+        """Encoder features -> z [B, 512, H/16, W/16]; `low` is not used."""
+        averages = [F.interpolate(conv(F.adaptive_avg_pool2d(high, bins)), size=high.shape[2:], mode="bilinear", align_corners=True)
+                    for bins, conv in zip(self.BINS, self.pyramid)]
+        return self.fuse(torch.cat([high, *averages], dim=1))
+
+
+ARCHITECTURES = {"deeplabv3plus": DeepLabV3Plus, "pspnet": PSPNet}

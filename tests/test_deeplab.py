@@ -11,7 +11,7 @@ import torchvision
 
 import daw
 from common import evaluate
-from common.deeplab import DeepLabV3Plus, ResNetEncoder, TinyEncoder, build_encoder, has_deep_stem
+from common.deeplab import DeepLabV3Plus, PSPNet, ResNetEncoder, TinyEncoder, build_encoder, has_deep_stem
 from common.runtime import UserError
 
 
@@ -203,3 +203,25 @@ def test_upsampling_is_in_float32_under_autocast():
     model = DeepLabV3Plus("tiny", 4, "none").eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [32, 45])
+def test_pspnet_by_hand(size):
+    torch.manual_seed(0)
+    model = PSPNet("tiny", 5, "none").eval()
+    images = torch.randn(2, 3, size, size - 8)
+    low, high = model.encoder(images)
+    parts = [high]
+    for bins, conv in zip((1, 2, 3, 6), model.pyramid):
+        height, width = high.shape[2:]
+        average = torch.stack([torch.stack([high[:, :, i * height // bins : -(-(i + 1) * height // bins), j * width // bins : -(-(j + 1) * width // bins)].mean((2, 3))
+                                            for j in range(bins)], dim=2) for i in range(bins)], dim=2)
+        parts.append(torch.nn.functional.interpolate(conv(average), size=(height, width), mode="bilinear", align_corners=True))
+    logits = model.classifier(model.fuse(torch.cat(parts, dim=1)))
+    expected = torch.nn.functional.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=True)
+    torch.testing.assert_close(model(images), expected)
+    clean, perturbed = model(images, perturb=1)
+    assert perturbed.shape == (1, 5, size, size - 8)
+    torch.testing.assert_close(clean, expected)
+    groups = model.parameter_groups(0.1, 10)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))

@@ -1181,3 +1181,15 @@ def test_model_i_needs_no_unlabeled_image(shapes, tmp_path, monkeypatch, capfd, 
     run_to_end(monkeypatch, capfd, *QUICK[2:], "--iterations", "1", "--supervised-iterations", "1", "--labeled-list", names[1], "--unlabeled-list",
                names[1], "--data-root", shapes, "--output", tmp_path / "run", "--model", "I")
     assert state(tmp_path / "run")["iteration"] == 1
+
+
+def test_pspnet_in_every_stage(voc_root, tmp_path, keep_signal_handlers):
+    """--architecture pspnet: stages 1 to 3 train it, and the checkpoint says so."""
+    lists = voc_root / "ImageSets" / "Segmentation"
+    (tmp_path / "labeled.txt").write_text("\n".join((lists / "train.txt").read_text().split()[:3]))
+    config = usrn.Config(dataset="pascal", data_root=str(voc_root), labeled_list=str(tmp_path / "labeled.txt"), unlabeled_list=str(lists / "train.txt"), backbone="tiny",
+                         crop=33, batch_size=2, iterations=2, num_workers=0, output=str(tmp_path / "run"), architecture="pspnet", device="cpu")
+    usrn.train(config)
+    for folder in (tmp_path / "run", tmp_path / "run" / "supervised"):
+        assert any(key.startswith("pyramid.") for key in state(folder)["model"])
+    assert any(key.startswith("pyramid.") for key in state(tmp_path / "run")["subclass_model"])
