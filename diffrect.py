@@ -60,6 +60,8 @@ turns the weak view's pseudo labels of unlabeled slices into better ones, which 
     rectifier while   not said                   training mode              evaluation mode
     it rectifies
     rectified labels  Eq. 14, all pixels         as pseudo labels           plain argmax, all pixels of the slice
+    weight of their   1                          1                          1; phantom 0.3, see README
+    loss
     LCC alone         not said                   -                          the condition's latent is decoded
     batch statistics  not said                   strong: all slices; masks  strong: unlabeled slices; conditions of all pairs together,
                                                  of each pass apart         targets apart
@@ -85,6 +87,9 @@ Commands
     torchrun --nproc_per_node=3 diffrect.py --dataset acdc --labeled 7
 
 With lcc and diffrect a run folder also holds rectified.png: weak pseudo labels, what they are rectified to, and the truth.
+
+Measured on the embedded phantom (3 labeled patients, test Dice, three seeds; README): labeled only 66.6, with strong augmentation 78.5, FixMatch
+79.4, DiffRect 80.6, without W2G 84.8, without S2W 77.9, LCC alone 63.4 (one of three seeds ran away). ACDC has not been run.
 
 Ablations. Table 4: --model fixmatch (baseline); --model lcc with --no-colors (w/o SCS), --guidance none (w/o CG) or neither; --no-s2w,
 --no-w2g or neither. Without W2G, labeled slices also go from strong to weak, and the decoder still learns the truth from them. Table 5:
