@@ -242,7 +242,7 @@ def rectification(backbone: str, crop: int, batch: int, rounds: int, device: str
     context = runtime.start(device)
     device, classes, info = context.device, 4, dataclasses.replace(medical.DATASETS["acdc"], crop=crop)
     config = diffrect.parse(diffrect.Config, ["--dataset", "acdc", *options])
-    config.threshold, config.channels = info.threshold, config.channels or info.channels
+    config.threshold, config.channels, config.rectify_weight = info.threshold, config.channels or info.channels, info.rectify_weight
     model, rectifier = diffrect.build_model(config, classes), diffrect.Rectifier(classes, config.channels)
     networks = [runtime.wrap(module, config, context) for module in (model, rectifier)]
     optimizers = [torch.optim.SGD(module.parameters(), 0.01, 0.9) for module in (model, rectifier)]

@@ -1229,3 +1229,8 @@ def test_two_ranks_train_like_one_process(hearts, tmp_path):
     averages = {name: (first[name] + second[name]) / 2 for name in first}
     assert averages == pytest.approx(whole, rel=1e-6)  # tau and what it is for the log are float32
     assert abs(first["loss"] - second["loss"]) > 1e-3 and abs(first["loss_rectifier"] - second["loss_rectifier"]) > 1e-4
+
+
+def test_the_benchmark_of_a_step(monkeypatch, capfd):
+    status, out, err = programs.run_as_program("common/benchmark.py", monkeypatch, capfd, "rectification", "--crop", "64", "--batch", "2", "--rounds", "1", "--channels", "2")
+    assert status == 0 and "without rectifier" in out, err
