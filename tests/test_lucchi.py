@@ -12,7 +12,7 @@ from common.data import DATASETS, load_data
 from common.loading import EvaluationSet, open_mask
 from common.options import TrainingOptions
 from common.runtime import Context, UserError
-from programs import succeed
+from programs import run_as_program
 
 ALONE = Context(0, 1, torch.device("cpu"))
 SLICES = {"training": 21, "testing": 4}
@@ -75,8 +75,10 @@ def test_stacks_that_cannot_be_used_are_named(tmp_path, harm, words):
     assert not (tmp_path / "ImageSets" / "Segmentation" / "train.txt").exists()
 
 
-def test_daw_trains_on_it(tmp_path):
+@pytest.mark.parametrize("script", ["daw.py", "pos_meo.py", "diffmatch.py", "usrn.py"])
+def test_every_method_trains_on_it(script, tmp_path, monkeypatch, capfd):
     write_stacks(tmp_path / "lucchi")
-    succeed("daw.py", "--dataset", "lucchi", "--data-root", tmp_path / "lucchi", "--labeled", "5", "--backbone", "tiny", "--crop", "32", "--batch-size", "2",
-            "--iterations", "2", "--num-workers", "0", "--output", tmp_path / "run")
+    status, _, err = run_as_program(script, monkeypatch, capfd, "--dataset", "lucchi", "--data-root", tmp_path / "lucchi", "--labeled", "5", "--backbone", "tiny", "--crop", "32",
+                                    "--batch-size", "2", "--iterations", "2", "--num-workers", "0", "--output", tmp_path / "run")
+    assert status == 0, err
     assert (tmp_path / "run" / "samples.png").is_file()
