@@ -579,8 +579,8 @@ def forward_views(network: nn.Module, views: dict, config: Config) -> dict[str, 
 
 def embedded_masks(outputs: dict[str, Tensor], views: dict) -> dict[str, Tensor]:
     """Label maps int64 [b, S, S] of every view, from which no gradient flows to the U-Net. Outside of turned slices all are background."""
-    inside = {True: views["valid"], False: views["label"] != IGNORE}
-    return {name: logits.detach().argmax(dim=1) * inside[name in ("weak", "strong")] for name, logits in outputs.items()}
+    inside = views["label"] != IGNORE
+    return {name: logits.detach().argmax(dim=1) * (inside if name.startswith("labeled") else views["valid"]) for name, logits in outputs.items()}
 
 
 def rectifier_loss(network, masks: dict, views: dict, counts: dict, colors: Tensor, outputs: dict, weight: float, config: Config) -> tuple[Tensor, dict]:
@@ -588,15 +588,12 @@ def rectifier_loss(network, masks: dict, views: dict, counts: dict, colors: Tens
     classes = len(colors)
     truth, labeled = views["label"], len(views["label"])
     masks["tau_u"] = calibration_guidance(config.guidance, masks["strong"], masks["weak"], classes)  # Eq. 6
-    if config.w2g:
-        pairs = [(masks["labeled"], truth, views["labeled"])]
-    else:
-        pairs = [(masks["labeled_strong"], masks["labeled"], views["labeled_strong"])]
-    masks["tau_l"] = calibration_guidance(config.guidance, *pairs[0][:2], classes)
+    coarse, fine, slices = (masks["labeled"], truth, "labeled") if config.w2g else (masks["labeled_strong"], masks["labeled"], "labeled_strong")
+    masks["tau_l"] = calibration_guidance(config.guidance, coarse, fine, classes)
+    pairs = [(coarse, fine, views[slices], masks["tau_l"])]
     if config.s2w:
-        pairs.append((masks["strong"], masks["weak"], views["strong"]))
-    coarse, fine, slices = (torch.cat(column) for column in zip(*pairs))
-    tau = torch.cat([masks["tau_l"], masks["tau_u"]])[: len(slices)]
+        pairs.append((masks["strong"], masks["weak"], views["strong"], masks["tau_u"]))
+    coarse, fine, slices, tau = (torch.cat(column) for column in zip(*pairs))
     logits, latent = network(color_masks(coarse, colors), color_masks(fine, colors), slices, tau)
 
     loss = decoded = cross_entropy_and_dice(logits[:labeled], truth, truth != IGNORE, counts["label"])

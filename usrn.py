@@ -91,7 +91,7 @@ from torch import Tensor, nn
 from common import augment, runtime
 from common.data import IGNORE, Data, Sample, load_data
 from common.deeplab import ARCHITECTURES, DeepLabV3Plus
-from common.files import read_checkpoint, read_picture, write_json
+from common.files import open_picture, read_checkpoint, write_json
 from common.kmeans import balanced_kmeans, kmeans, means
 from common.loading import EvaluationSet, class_pixels, training_loader
 from common.ohem import hard_pixel_loss
@@ -319,12 +319,17 @@ def sha256_of_state(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_file(path: Path) -> bytes:
+    with open_picture(path) as file:
+        return hashlib.sha256(file.read()).digest()
+
+
 def sha256_of_labeled(data: Data) -> str:
     """Of the labeled images and masks with their names, in the list's order."""
     digest = hashlib.sha256()
     for sample in data.labeled:
         for file in (sample.image, sample.mask):
-            digest.update(file.encode() + b"\0" + hashlib.sha256(read_picture(data.root / file)).digest())
+            digest.update(file.encode() + b"\0" + sha256_of_file(data.root / file))
     return digest.hexdigest()
 
 

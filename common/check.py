@@ -1,7 +1,6 @@
 """What `python -m common.data check` prints: a data set on one screen, before hours are spent on it.
 
-Every list is read and checked as training does it, every mask and every image's size with it. Problems are counted by kind, with the first
-file of each.
+Every list is read and checked as training does it, every mask and every image's size with it. Problems are counted, and the first ten printed.
 """
 
 import concurrent.futures
@@ -55,7 +54,7 @@ def look(sample: Sample, data: Data) -> tuple[tuple[int, int] | None, np.ndarray
     try:
         path = data.root / sample.image
         if sample.mask is None:
-            with Image.open(open_picture(path)) as image:  # the header alone
+            with open_picture(path) as file, Image.open(file) as image:  # the header alone
                 return (image.height, image.width), np.zeros(IGNORE + 1, np.int64), None
         image, mask = open_image(path), open_mask(data.root / sample.mask, data.info.num_classes)
         check_same_size((image.height, image.width), mask, data.root / sample.mask)

@@ -33,7 +33,8 @@ import numpy as np
 from PIL import Image
 
 from common.augment import IGNORE
-from common.files import names_below, write_atomically, write_json
+from common.files import names_below, write_json
+from common.pictures import save_png
 from common.runtime import UserError, run_main
 
 CLASSES = (
@@ -242,7 +243,7 @@ def draw_chunk(jobs: list[Job], source: Path, crowd: str) -> None:
             picture = Image.fromarray(label_map(job.annotations, job.height, job.width, crowd))
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
-        write_atomically(job.path, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
+        save_png(picture, job.path)
 
 
 def label_map(annotations: Sequence[Annotation], height: int, width: int, crowd: str = "class") -> np.ndarray:

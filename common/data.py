@@ -281,8 +281,8 @@ def check_lists(data: Data) -> None:
         for file in filter(None, (sample.image, sample.mask)):
             folder = data.root / Path(file).parent
             if folder not in present:
-                below = names_below(data.root, Path(file).parent.as_posix()) if not folder.is_dir() else ()  # perhaps in an archive
-                present[folder] = set(os.listdir(folder)) if folder.is_dir() else {Path(name).name for name in below}
+                present[folder] = set(os.listdir(folder)) if folder.is_dir() else {
+                    Path(name).name for name in names_below(data.root, Path(file).parent.as_posix())}  # in an archive
             if Path(file).name not in present[folder]:
                 hint = ": masks of the augmented set are looked for in SegmentationClassAug and in SBD's cls/*.mat, which --download fetches"
                 raise UserError(f"{data.root / file} is listed but missing" + (hint if data.info.classes == VOC_CLASSES and file == sample.mask else ""))

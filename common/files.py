@@ -57,19 +57,15 @@ def archives_in(folder: Path) -> list[zipfile.ZipFile]:
 
 
 def open_picture(path: Path):
-    """A path for PIL's Image.open, or a file in memory if the path leads into an archive of one of its parent folders."""
-    if not path.exists():
+    """The open file, or one in memory if there is none and the path leads into an archive of one of its parent folders."""
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
         for folder in path.parents:
             for zipped in archives_in(folder):
                 with contextlib.suppress(KeyError):
                     return io.BytesIO(zipped.read(path.relative_to(folder).as_posix()))
-    return path
-
-
-def read_picture(path: Path) -> bytes:
-    """A picture's file, likewise."""
-    source = open_picture(path)
-    return source.getvalue() if isinstance(source, io.BytesIO) else source.read_bytes()
+        raise
 
 
 def names_below(root: Path, folder: str) -> set[str]:

@@ -29,12 +29,13 @@ def open_image(path: Path) -> Image.Image:
     16-bit grey values are divided by 257; transparency is dropped.
     """
     try:
-        image = Image.open(open_picture(path))
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # convert would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return image.convert("RGB")
+        with open_picture(path) as file:
+            image = Image.open(file)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # convert would cut off at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:  # each for damaged files
         raise UserError(f"cannot read the image {path}: {error}") from error
 
@@ -42,7 +43,7 @@ def open_image(path: Path) -> Image.Image:
 def open_mask(path: Path, num_classes: int) -> np.ndarray:
     """uint8 [H, W] of class indices and 255. Raises UserError for what cannot be read or is out of range."""
     try:
-        with Image.open(open_picture(path)) as image:
+        with open_picture(path) as file, Image.open(file) as image:
             mask = to_classes(np.asarray(image), path)
     except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the mask {path}: {error}") from error

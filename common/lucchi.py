@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from common.files import write_atomically
+from common.pictures import save_png
 from common.runtime import UserError
 
 CLASSES = ("background", "mitochondrion")
@@ -34,8 +35,7 @@ def prepare(root: Path) -> None:
         names[split] = [f"{split}_{number:03d}" for number in range(len(images))]
         for name, image, label in zip(names[split], images, labels):
             for folder, pixels in (("JPEGImages", image), ("SegmentationClass", (label > 0).astype(np.uint8))):
-                picture = Image.fromarray(pixels)
-                write_atomically(root / folder / f"{name}.png", lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
+                save_png(Image.fromarray(pixels), root / folder / f"{name}.png")
         print(f"{root}: {len(images)} slices of {stack} written", flush=True)
     chosen = {f"labeled_{count}": [names["train"][int(index)] for index in (np.arange(count) + 0.5) * len(names["train"]) / count]
               for count in LABELED if count <= len(names["train"])}

@@ -208,13 +208,12 @@ def load_volumes(config, context: Context) -> VolumeData:
     suffix = f"_{split}" if split else ""
     train, val, test = (list_of(root, name, suffix) for name in ("train", "val", "test"))
     patients = list(dict.fromkeys(file.patient for file in train))
+    if config.split_seed is not None:
+        patients = np.random.default_rng(config.split_seed).permutation(sorted(patients)).tolist()
     if config.labeled_list:
         labeled = read_list(Path(config.labeled_list), root)
     elif count == "all":
         labeled = train
-    elif config.split_seed is not None and count.isdecimal() and 1 <= int(count) <= len(patients):
-        chosen = set(np.random.default_rng(config.split_seed).permutation(sorted(patients))[: int(count)].tolist())
-        labeled = [file for file in train if file.patient in chosen]
     elif count.isdecimal() and 1 <= int(count) <= len(patients):
         chosen = set(patients[: int(count)])
         labeled = [file for file in train if file.patient in chosen]

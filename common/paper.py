@@ -4,12 +4,12 @@ mIoU in % on the validation list, of volumes Dice in % on both lists. Numbers ar
 the one of the method's file.
 """
 
+from common.data import DATASETS
+
 CLASSIC = ("92", "183", "366", "732", "1464")
 BLENDER = ("1/16", "1/8", "1/4")
 STREETS = ("1/16", "1/8", "1/4", "1/2")
 OBJECTS = ("1/512", "1/256", "1/128", "1/64", "1/32")
-SAME_LIST = {"pascal": {"662": "1/16", "1323": "1/8", "2646": "1/4"}, "cityscapes": {"186": "1/16", "372": "1/8", "744": "1/4", "1488": "1/2", "93": "usrn_93"},
-             "coco": {"232": "1/512", "463": "1/256", "925": "1/128", "1849": "1/64", "3697": "1/32"}}
 
 # (method, row, data set, backbone): source, labeled lists, mIoU of each
 TABLES = (
@@ -92,9 +92,11 @@ def paper_number(method: str, config) -> dict | None:
         labeled = config.labeled.split("_")[0] if config.dataset != "acdc" else config.labeled  # the other two are means over two splits
         found = DIFFRECT.get((config.dataset, labeled, config.model))
         return found and {"dice": found[0], "test_dice": found[1], "source": "DiffRect, Table 4" if config.model == "lcc" else DIFFRECT_TABLES[config.dataset]}
-    labeled = SAME_LIST.get(config.dataset, {}).get(config.labeled, config.labeled)
+    published = dict(DATASETS[config.dataset].labeled_lists)  # some under two names: 662 is 1/16
+    same = {config.labeled, *(name for name, source in published.items() if source == published.get(config.labeled))}
     wanted = (method, row_of(method, config), config.dataset, config.backbone)
     for *key, source, lists, values in TABLES:
-        if tuple(key) == wanted and labeled in lists:
-            return {"miou": values[lists.index(labeled)], "source": source}
+        for name, value in zip(lists, values):
+            if tuple(key) == wanted and name in same:
+                return {"miou": value, "source": source}
     return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import write_atomically
+from common.pictures import save_png
 from common.runtime import UserError
 
 MASKS = ("SegmentationClass", "SegmentationClassAug")  # the second is looked in where the first has none, and the other way round
@@ -105,7 +105,6 @@ def convert_sbd(folder: Path, target: Path, names: list[str]) -> None:
             assert mask.ndim == 2 and mask.dtype.kind in "iu" and 0 <= mask.min() and mask.max() <= 20
         except Exception as error:  # a damaged or foreign file can raise anything; each means the same to the user
             raise UserError(f"{path} cannot be read as a mask of SBD: delete it and fetch SBD again") from error
-        picture = Image.fromarray(mask.astype(np.uint8))
-        write_atomically(target / f"{name}.png", lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
+        save_png(Image.fromarray(mask.astype(np.uint8)), target / f"{name}.png")
         if sys.stdout.isatty() or number == len(names):
             print(f"\rSBD's masks: {number} of {len(names)} written to {target}", end="\n" if number == len(names) else "", flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.data import IGNORE
+from common.augment import IGNORE
 from common.files import write_atomically
 from common.runtime import UserError
 

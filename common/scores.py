@@ -69,9 +69,9 @@ def evaluate_volumes(predict, files: list[VolumeFile], info: VolumeInfo, context
             raise UserError(f"{files[index].path} has no label to score against")
         prediction = segment_volume(predict, volume.image, info.crop, context.device)
         table[index, :, :-2] = torch.from_numpy(score(prediction, volume.label, info.num_classes, volume.spacing))
-        for number in range(len(classes)):  # voxels, to see which mask is empty
-            ours, theirs = (prediction == number + 1) & (volume.label != IGNORE), volume.label == number + 1
-            table[index, number, -2:] = torch.tensor([ours.sum(), theirs.sum()])
+        known = volume.label != IGNORE
+        voxels = [np.bincount(map_[known], minlength=info.num_classes)[1:] for map_ in (prediction, volume.label)]
+        table[index, :, -2:] = torch.from_numpy(np.stack(voxels, axis=1))  # to see which mask is empty
     table = all_reduce_sum(table.to(context.device)).cpu().numpy()
     return summary(table[..., :-2], table[..., -2:], files, classes, released_empty)
 
