@@ -1,236 +1,185 @@
-"""DiffRect: Latent Diffusion Label Rectification for Semi-supervised Medical Image Segmentation (Liu et al., MICCAI 2024).
+"""DiffRect: Latent Diffusion Label Rectification for Semi-supervised Medical Image Segmentation
+Liu et al., MICCAI 2024.
 
-Idea. A segmentation U-Net learns from its own pseudo labels, and so keeps its errors. A second network, the rectifier, learns how label
-maps get better: it embeds a coarse one (of the strong view) and a finer one (of the weak view), and the finer one's embedding is
-recovered from noise by diffusion, on condition of the coarse one's; on labeled slices likewise from the weak view's to the truth. Then it
-turns the weak view's pseudo labels of unlabeled slices into better ones, which the U-Net learns from. Only the U-Net is used afterwards.
+A U-Net that learns from its own pseudo labels keeps its errors. A second network, the rectifier,
+learns how label maps get better: from the strong view's to the weak view's on unlabeled slices,
+from the weak view's to the truth on labeled ones. It embeds both, and recovers the finer one's
+latent from noise by diffusion, on condition of the coarser one's. So it turns weak pseudo labels
+into better ones, which the U-Net learns from. Only the U-Net is used afterwards.
 
-    Eq. 1, 7       forward diffusion                                          cosine_alpha_bar, diffuse
-    Eq. 3, 12      reverse diffusion, from a predicted clean latent           reverse_step, Rectifier.rectify
-    Eq. 4          M_C: classes become colours far apart (SCS)                semantic_colors, color_masks
-    Eq. 5          embedding of a coloured mask, B_sem                        Rectifier.embed
-    Eq. 6          calibration guidance tau (CG)                              dice_coefficient, calibration_guidance
-    Eq. 8, 10      the denoiser                                               Denoiser
-    Eq. 9, 11      latent losses, strong to weak (S2W), weak to truth (W2G)   Rectifier.forward, rectifier_loss
-    Eq. 13         total loss                                                 segmentation_loss, rectifier_loss
-    Eq. 14         loss on rectified labels                                   segmentation_loss
+    Eq. 1, 7      forward diffusion                      cosine_alpha_bar, add_noise
+    Eq. 3, 12     reverse diffusion                      ddim_step, Rectifier.rectify
+    Eq. 4         classes as colours far apart (SCS)     semantic_colors, color_masks
+    Eq. 5         embedding of a coloured mask           Rectifier.embed
+    Eq. 6         calibration guidance tau (CG)          dice_coefficient, calibration_guidance
+    Eq. 8, 10     the denoiser                           Denoiser
+    Eq. 9, 11     S2W and W2G, losses of latents         Rectifier.forward
+    Eq. 13, 14    the two networks' losses               mask_loss, train
 
-                      paper                      released code              here
-    one iteration     one loss (Eq. 13)          U-Net step, rectifier      rectifier step, then one U-Net step for all its losses
-                                                 step, second U-Net step
-                                                 on the rectified labels
-    pseudo labels     as FixMatch                argmax where (p - min) /   FixMatch: pixels below --threshold are not learned from;
-                                                 max > 0.8, which is nearly masks that are embedded are the plain argmax
-                                                 everywhere; else
-                                                 background
-    loss on pseudo    as FixMatch                CE + Dice                  CE; Dice let small wrong regions grow on the phantom
-    labels                                                                  (--pseudo-dice: released)
-    complementary     -                          least likely class of weak -
-    loss                                         view, in all FixMatch
-                                                 losses
-    colours           far apart                  black, red, green, blue    corners of the RGB cube farthest apart, background black
-    without SCS       not said                   -                          evenly spaced grey levels
-    tau               Dice, one a pair           1 - Dice over the batch,   Dice of each slice, classes that occur, not background,
-                                                 with background, x 999;    x 1000
-                                                 S2W: against the decoder's
-                                                 output
-    tau when labels   tau^u (Eq. 5)              of the labeled slices      tau^u
-    are rectified
-    slices in B_sem   concatenated               beside the mask, and their as released
-                                                 features added
-    transports on     S2W unlabeled, W2G         both on all slices (W2G    S2W unlabeled, W2G labeled
-                      labeled                    of unlabeled: weak to
-                                                 itself)
-    image of S2W      not said                   of the strong view, for    as released
-                                                 both masks
-    epsilon predicts  noise (Eq. 3, 12), clean   clean latent               clean latent
-                      latent (Eq. 9, 11)
-    latent losses     l2 norm                    mean square, target        mean square, target detached
-                                                 detached
-    lambda_1          not said                   the ramped weight          1; L_Semi^Lat on unlabeled slices has the ramped weight
-    condition         added to z_t               added, but only in the     added to z_t
-                                                 last skip connection
-    target of S2W's   pseudo label               decoder's own output on    the U-Net's weak pseudo label
-    decoded mask                                 weak masks
-    decoder           Upsample(r_l)              U-Net decoder with skips   U-Net decoder (--decoder upsample: 1x1 classifier first)
-                                                 from the condition
-    schedule          T not said, "e.g. cosine"  cosine, T = 10             cosine, T = 10
-    reverse steps     all T, DDPM                DDIM at steps 10 and 1,    DDIM at steps 10 and 5, not clamped (--sampling-steps 10
-                                                 latent clamped to [-1, 1]  --eta 1: the paper's)
-    rectifier while   not said                   training mode              evaluation mode
-    it rectifies
-    rectified labels  Eq. 14, all pixels         as pseudo labels           plain argmax, all pixels of the slice
-    weight of their   1                          1                          1; phantom 0.3, see README
-    loss
-    LCC alone         not said                   -                          the condition's latent is decoded
-    batch statistics  not said                   strong: all slices; masks  strong: unlabeled slices; conditions of all pairs together,
-                                                 of each pass apart         targets apart
-    rectifier's lr    not said                   constant                   poly, as the U-Net's
-    weak view         flips, rotation            nearest neighbour; outside bilinear (labels nearest); outside is ignored
-                                                 is background, learned
-    strong view       blur, contrast, sharpness, factors 1 to 1.1, blur     the released strengths, in this order; stronger on the
-                      brightness                 radius up to 1, p 0.5,     phantom, which varies more
-                                                 random order
-    intensities       not said                   min-max per volume (ACDC)  min-max per volume
-                                                 or slice
-    test volumes      not said                   nearest neighbour to 256   bilinear to 256, logits bilinear back
-                                                 and back
-    tested weights    not said                   best on validation         results.json: the last; best.pt is there for
-                                                                            python -m common.evaluate --split test
-    empty masks       not said                   Dice 0, HD95 50, ASD 10    listed, no distance (common.evaluate --released-empty)
-    several GPUs      -                          -                          batch shared, SyncBatchNorm, Dice over all ranks
-
-Commands
-    python diffrect.py                                                                embedded phantom, 3 labeled patients
-    python -m common.medical prepare --dataset acdc --source ACDC --root data/acdc    once
-    python diffrect.py --dataset acdc --labeled 7                                     one GPU
+Run
+    python diffrect.py                                                       embedded phantom
+    python -m common.prepare acdc --source ACDC/training --root data/acdc    once
+    python diffrect.py --dataset acdc --labeled 7                            one GPU
     torchrun --nproc_per_node=3 diffrect.py --dataset acdc --labeled 7
-
-With lcc and diffrect a run folder also holds rectified.png: weak pseudo labels, what they are rectified to, and the truth.
-
-Measured on the embedded phantom (3 labeled patients, test Dice, three seeds; README): labeled only 66.6, with strong augmentation 78.5, FixMatch
-79.4, DiffRect 80.6, without W2G 84.8, without S2W 77.9, LCC alone 63.4 (one of three seeds ran away). ACDC has not been run.
-
-Ablations. Table 4: --model fixmatch (baseline); --model lcc with --no-colors (w/o SCS), --guidance none (w/o CG) or neither; --no-s2w,
---no-w2g or neither. Without W2G, labeled slices also go from strong to weak, and the decoder still learns the truth from them. Table 5:
---guidance. Others: --model supervised, --strong-labeled, --decoder, --sampling-steps, --eta.
+Table 4: --model fixmatch or lcc, --no-colors, --guidance none, --no-s2w, --no-w2g; 5: --guidance.
+Results, figures and all differences from the paper and the released code: .docs/diffrect.md
 """
 
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import augment, medical, runtime, scores
-from common.augment import IGNORE
-from common.options import TrainingOptions, fill_from_recipe, option, parse, require
-from common.pictures import sample_grid
-from common.run import Run
-from common.runtime import pixel_counts
+from common import augment
+from common.augment import IGNORE, to_float
+from common.backbones import load_strictly
+from common.medical import (VolumeData, VolumeInfo, VolumeOptions, evaluate_volumes, load_volumes,
+                            slice_loader, write_sample_grid)
+from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, all_reduce_sum,
+                            bf16_is_fast, init_distributed, mean_over_ranks, option, parse, require,
+                            run_main, say, with_defaults, world_size)
 
-DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)  # of the encoders' levels
+MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
+GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none")
 TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
+DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)  # of an encoder's levels
+# --consistency, --rectify-weight; --rampup and --warmup as shares of the training
+PUBLISHED = (0.1, 1.0, 1.0, 1 / 30)
+EMBEDDED = (1.0, 0.3, 0.3, 0.3)
 
 
 @dataclass
-class Config(TrainingOptions):
-    dataset: str = option("phantom", "phantom, phantom_large (embedded, made on first use), acdc, mscmrseg or prostate (converted by python -m common.medical prepare)")
-    classes: str | None = option(None, "not used")
-    labeled: str | None = option(None, "labeled patients: the first so many of train.txt, or all; 3_split2 takes train_split2.txt; default: "
-                                       "phantom 3, acdc and mscmrseg 7, prostate 2")
-    split_seed: int | None = option(None, "draw --labeled many patients at random by this seed")
-    labeled_list: str | None = option(None, "a file with the labeled volumes instead: a patient and a volume a line")
-    unlabeled_list: str | None = option(None, "a file with the volumes to learn from without labels, likewise; default: all others of train.txt")
-    download: bool = option(False, "not used: see python -m common.medical prepare")
-    backbone: str | None = option(None, "unet")
-    weights: str = option("default", "not used: the U-Net starts from random weights")
-    crop: int | None = option(None, "slices are resized to so many pixels each way, a multiple of 64; default: the data set's recipe")
-    batch_size: int | None = option(None, "labeled slices a step over all GPUs, and as many unlabeled; default: the recipe's")
-    epochs: int | None = option(None, "refused: see --iterations")
-    grad_accum: int = option(1, "1: Dice is a ratio of sums over the whole batch")
-    head_lr_multiplier: float | None = option(None, "not used: one learning rate for the U-Net")
-    ohem: float | None = option(None, "not used")
-    model: str = option("diffrect", "supervised (labeled slices only), or a row of Table 4: fixmatch, lcc (+ rectified labels without diffusion) or diffrect",
-                        choices=("supervised", "fixmatch", "lcc", "diffrect"))
-    strong_labeled: bool = option(False, "supervised: learn from the strong view of labeled slices")
-    s2w: bool = option(True, "strong-to-weak transport on unlabeled slices (Eq. 9)")
-    w2g: bool = option(True, "weak-to-truth transport on labeled slices (Eq. 11)")
-    colors: bool = option(True, "semantic coloring (SCS); off: masks are embedded as grey levels")
-    guidance: str = option("dice", "calibration guidance (CG, Table 5)", choices=("dice", "jaccard", "both", "fixed", "random", "none"))
-    decoder: str = option("unet", "from the latent to the rectified label: unet (released code) or upsample (Section 2.3)", choices=("unet", "upsample"))
-    threshold: float | None = option(None, "confidence from which a pseudo label is learned from (not a rectified one); default: 0.8")
-    pseudo_dice: bool = option(False, "add Dice to the losses on pseudo labels, as the released code")
-    consistency: float | None = option(None, "weight of the losses on pseudo labels after its ramp; default: 0.1, phantom 1")
-    rampup: int | None = option(None, "iterations in which that weight rises; default: all, phantom the first 30 %")
-    warmup: int | None = option(None, "iterations before rectified labels are learned from; default: 1,000 of 30,000, phantom 30 %")
-    rectify_weight: float | None = option(None, "weight of the loss on rectified labels, Eq. 13; default: 1, phantom 0.3")
-    lambda_u: float = option(1.0, "lambda_1 of Eq. 13: the latent loss on unlabeled slices")
-    lambda_l: float = option(1.0, "lambda_2 of Eq. 13: the latent loss on labeled slices")
-    diffusion_steps: int = option(10, "T, steps of the forward diffusion")
-    sampling_steps: int = option(2, "reverse steps when labels are rectified")
-    eta: float = option(0.0, "noise of a reverse step: 0 DDIM, 1 DDPM (Eq. 12)")
-    channels: int | None = option(None, "channels of the first level, of both networks; default: 16, phantom 8")
-    rectifier_lr: float | None = option(None, "learning rate of the rectifier; default: the U-Net's")
+class Config(VolumeOptions, RunOptions):
+    """What touches learning; None: as `complete` has it."""
+
+    model: str = option("diffrect", "supervised, or a row of Table 4", choices=MODELS)
+    strong_labeled: bool = option(False, "with --model supervised: the strong view of slices")
+    s2w: bool = option(True, "strong-to-weak transport on unlabeled slices, Eq. 9")
+    w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
+    colors: bool = option(True, "semantic colours (SCS); off: grey levels")
+    guidance: str = option("dice", "tau (CG), Table 5", choices=GUIDANCE)
+    decoder: str = option("unet", "of latents: unet (released code), upsample (Section 2.3)",
+                          choices=("unet", "upsample"))
+    threshold: float = option(0.8, "least confidence of a pseudo label", low=0, below=1)
+    pseudo_dice: bool = option(False, "Dice on pseudo labels too, as in the released code")
+    consistency: float | None = option(None, "weight of pseudo labels, once it has risen", low=0)
+    rampup: int | None = option(None, "iterations in which it rises", low=0)
+    warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
+    rectify_weight: float | None = option(None, "weight of rectified labels, Eq. 13", low=0)
+    lambda_u: float = option(1.0, "lambda_1 of Eq. 13, of latents of unlabeled slices", low=0)
+    lambda_l: float = option(1.0, "lambda_2 of Eq. 13, of latents of labeled slices", low=0)
+    diffusion_steps: int = option(10, "T of Eq. 1", low=1)
+    sampling_steps: int = option(2, "reverse steps that rectify a label", low=1)
+    eta: float = option(0.0, "noise of a reverse step: 0 DDIM, 1 DDPM (Eq. 12)", low=0, high=1)
+    channels: int | None = option(None, "of the first level of both networks", low=1)
+    crop: int | None = option(None, "slices are resized to crop x crop, a multiple of 64", low=1)
+    batch_size: int | None = option(None, "labeled slices a step, all GPUs; as many others", low=1)
+    iterations: int | None = option(None, "optimizer steps", low=1)
+    lr: float | None = option(None, "of both networks; recipes' follow --batch-size", above=0)
+    weight_decay: float = option(1e-4, "of SGD", low=0)
+    seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
-# ================================================================ the method
+def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
+    """Without None. Raises UserError for options that do not go together."""
+    info = data.info
+    consistency, rectify_weight, rampup, warmup = EMBEDDED if info.embedded else PUBLISHED
+    config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
+    steps, scale = config.iterations, config.batch_size / info.batch_size
+    config = with_defaults(
+        config, consistency=consistency, rectify_weight=rectify_weight,
+        rampup=round(rampup * steps), warmup=round(warmup * steps), lr=info.lr * scale,
+        crop=info.crop, channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
+        output=f"runs/diffrect_{data.tag}_{config.seed}")
+    require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
+    require(config.sampling_steps <= config.diffusion_steps,
+            f"--sampling-steps: 1 to --diffusion-steps {config.diffusion_steps}")
+    require(config.model == "supervised" or not config.strong_labeled,
+            "--strong-labeled needs --model supervised")
+    require(config.s2w and config.w2g or config.model == "diffrect" and config.s2w != config.w2g,
+            "--no-s2w and --no-w2g: one of them, for --model diffrect; without both: --model lcc")
+    split = config.eval_split
+    require(len(getattr(data, split)) > 0, f"{info.name} has no {split} list")
+    require(not config.checkpoint_activations, "--checkpoint-activations is not for diffrect.py")
+    return config
+
+
+# ---------------------------------------------------------------- the method
 
 
 def semantic_colors(num_classes: int) -> Tensor:
-    """M_C of Eq. 4: a colour for each class, uint8 [C, 3]; background is black, the others are far from it and from each other.
+    """M_C of Eq. 4: for up to 8 classes corners of the RGB cube, uint8 [C, 3]; background is black.
 
-    Up to 8 classes get corners of the RGB cube, the choice of all with the largest distances (sorted, the smallest counts first). Further ones
-    are taken one by one from a grid of 16 levels a channel, each as far from all others as possible. Raises ValueError beyond 256.
+    As far apart as can be: their smallest distance is the largest, then the second smallest, ...
     """
-    if not 1 <= num_classes <= 256:
-        raise ValueError(f"there are colours for 1 to 256 classes, not {num_classes}")
-    corners = list(itertools.product((0, 255), repeat=3))
-    choices = (((0, 0, 0), *others) for others in itertools.combinations(corners[1:], min(num_classes, 8) - 1))
-    colors = list(max(choices, key=lambda choice: sorted(math.dist(*pair) for pair in itertools.combinations(choice, 2))))
-    levels = torch.arange(0, 256, 17)
-    grid = torch.cartesian_prod(levels, levels, levels)
-    while len(colors) < num_classes:
-        nearest = torch.cdist(grid.double(), torch.tensor(colors).double()).amin(dim=1)
-        colors.append(tuple(grid[int(nearest.argmax())].tolist()))
-    return torch.tensor(colors, dtype=torch.uint8)
+    if not 1 <= num_classes <= 8:
+        raise ValueError(f"there are colours for 1 to 8 classes, not {num_classes}")
+    black, *corners = product((0, 255), repeat=3)
+    choices = [(black, *others) for others in combinations(corners, num_classes - 1)]
+    best = max(choices, key=lambda choice: sorted(
+        math.dist(*pair) for pair in combinations(choice, 2)))
+    return torch.tensor(best, dtype=torch.uint8)
 
 
 def color_masks(labels: Tensor, colors: Tensor) -> Tensor:
-    """f of Eq. 4: labels [B, H, W] and colors uint8 [C, 3] -> float [B, 3, H, W] in [0, 1]. 255 (ignored) gets the colour of class 0."""
+    """f of Eq. 4: labels [B, H, W], colors uint8 [C, 3] -> [B, 3, H, W] in [0, 1]; 255 as 0."""
     labels = torch.where(labels == IGNORE, 0, labels.long())
     return (colors.float() / 255).to(labels.device)[labels].permute(0, 3, 1, 2)
 
 
-def dice_coefficient(first: Tensor, second: Tensor, num_classes: int, jaccard: bool = False) -> Tensor:
-    """Eq. 6: Dice of two label maps [B, H, W] in [0, 1], float [B]: mean over classes but 0 that occur in either; 1 if none does.
+def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = False) -> Tensor:
+    """Eq. 6: Dice (or Jaccard) of label maps [B, H, W], [B] in [0, 1]; 255 in either is left out.
 
-    Pixels where either map is 255 are left out. `jaccard`: intersection over union instead, of the same classes.
+    A mean over the classes but 0 that occur in either map; 1 if none does.
     """
-    classes = torch.arange(1, num_classes, device=first.device)[:, None, None]
-    known = ((first != IGNORE) & (second != IGNORE))[:, None]
-    a, b = (first[:, None] == classes) & known, (second[:, None] == classes) & known
-    both, total = (a & b).sum((2, 3)), a.sum((2, 3)) + b.sum((2, 3))  # [B, C - 1]
+    classes = torch.arange(1, num_classes, device=a.device)[:, None, None]
+    known = ((a != IGNORE) & (b != IGNORE))[:, None]
+    a, b = (a[:, None] == classes) & known, (b[:, None] == classes) & known
+    both, total = (a & b).sum(dim=(2, 3)), a.sum(dim=(2, 3)) + b.sum(dim=(2, 3))  # [B, C - 1]
     values = both / (total - both).clamp(min=1) if jaccard else 2 * both / total.clamp(min=1)
     occurring = (total > 0).sum(dim=1)
     return torch.where(occurring > 0, values.sum(dim=1) / occurring.clamp(min=1), 1.0)
 
 
 def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: int) -> Tensor:
-    """tau of Eq. 6 for pairs of label maps [B, H, W], and its other choices in Tables 4 and 5: float [B] in [0, 1], "both" in [0, 2]."""
+    """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2]."""
+    # One a slice; the released code has one for the batch, 1 - Dice with background.
     if kind == "random":
         return torch.rand(len(coarse), device=coarse.device)
-    if kind in ("fixed", "none"):
-        return torch.full((len(coarse),), 0.5 if kind == "fixed" else 0.0, device=coarse.device)
-    dice = dice_coefficient(coarse, fine, num_classes) if kind != "jaccard" else 0
-    return dice + dice_coefficient(coarse, fine, num_classes, jaccard=True) if kind != "dice" else dice
+    dice = dice_coefficient(coarse, fine, num_classes)
+    jaccard = dice_coefficient(coarse, fine, num_classes, jaccard=True)
+    return {"dice": dice, "jaccard": jaccard, "both": dice + jaccard,
+            "fixed": torch.full_like(dice, 0.5), "none": torch.zeros_like(dice)}[kind]
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
-    """alpha-bar of steps 0 (clean: 1) to T, float64 [T + 1]: cosine schedule, Nichol and Dhariwal 2021, Eq. 17, with beta <= 0.999."""
+    """alpha-bar of steps 0 (clean: 1) to T, float64 [T + 1]: Nichol and Dhariwal 2021, Eq. 17."""
     phase = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
     f = torch.cos(phase).square()
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])
 
 
-def diffuse(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 1, 7: a sample of q(z_t | z_0) for alpha_bar of the step, broadcast to z0."""
+def add_noise(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
+    """Eq. 1, 7: a sample of q(z_t | z_0), for alpha_bar of step t that broadcasts to z0."""
     return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
 
 
-def reverse_step(z_t: Tensor, z0: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
-    """From z_t to an earlier step, given the predicted clean z0: DDIM (Song et al. 2021, Eq. 12 and 16).
+def ddim_step(z_t, z0, alpha_bar, alpha_bar_next, eta: float = 0.0, noise=None) -> Tensor:
+    """From z_t to an earlier step, given the predicted clean z0 (Song et al. 2021, Eq. 12, 16).
 
-    eta = 1 between neighbouring steps is the DDPM's p(z_{t-1} | z_t) of Eq. 3 and 12, written for a network that predicts z_0, with the variance
-    of the posterior q(z_{t-1} | z_t, z_0). `noise` is needed where eta > 0.
+    With eta = 1, which needs `noise`, and neighbouring steps it is DDPM's, Eq. 3 and 12.
     """
     noise_in_z = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
-    sigma = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
-    z = alpha_bar_next.sqrt() * z0 + (1 - alpha_bar_next - sigma.square()).clamp(min=0).sqrt() * noise_in_z
+    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+    sigma = eta * variance.sqrt()
+    kept = (1 - alpha_bar_next - sigma.square()).clamp(min=0).sqrt()
+    z = alpha_bar_next.sqrt() * z0 + kept * noise_in_z
     return z + sigma * noise if eta else z
 
 
@@ -239,41 +188,16 @@ def ramp(iteration: int, length: int) -> float:
     return math.exp(-5 * (1 - min(iteration / max(length, 1), 1)) ** 2)
 
 
-def over_ranks(sums: Tensor) -> Tensor:
-    """Sums of this rank -> of all ranks, of which every rank must then compute the same loss.
-
-    The gradient is this rank's times the number of ranks, which data parallelism averages out.
-    """
-    world = runtime.world_size()
-    return sums if world == 1 else sums * world + (runtime.all_reduce_sum(sums.detach().clone()) - sums.detach() * world)
-
-
-def cross_entropy(logits: Tensor, label: Tensor, used: Tensor, count: Tensor) -> Tensor:
-    """Over the pixels that are `used`, bool [B, H, W], divided by `count` as `pixel_counts` gives it: logits [B, C, H, W], label int64 [B, H, W]."""
-    label = torch.where(used, label, 0)  # of ignored ones too, which no class has
-    return (F.cross_entropy(logits.float(), label, reduction="none") * used).sum() / count
-
-
-def cross_entropy_and_dice(logits: Tensor, label: Tensor, used: Tensor, count: Tensor) -> Tensor:
-    """CE + Dice of Eq. 14 and on labeled slices; arguments as above.
-
-    Dice has squares in the denominator (V-Net), sums over the batch of all ranks and is a mean over classes, background included.
-    """
-    probs = logits.float().softmax(dim=1) * used[:, None]
-    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).permute(0, 3, 1, 2) * used[:, None]
-    both, total = over_ranks(torch.stack([(probs * truth).sum((0, 2, 3)), (probs.square() + truth).sum((0, 2, 3))]))
-    return cross_entropy(logits, label, used, count) + (1 - (2 * both + 1e-5) / (total + 1e-5)).mean()
-
-
-# ================================================================ networks
+# ---------------------------------------------------------------- networks
 
 
 def convolution(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU())
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.LeakyReLU())
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch norm and LeakyReLU, dropout and, if guided, a shift by an embedding [B, E] between them."""
+    """Two convolutions; between them dropout and, if guided, a shift by an embedding [B, E]."""
 
     def __init__(self, inputs: int, outputs: int, dropout: float = 0.0, guided: int = 0):
         super().__init__()
@@ -289,11 +213,12 @@ class Block(nn.Module):
 
 
 class Up(nn.Module):
-    """A 1x1 convolution, twice the size (bilinear), then the features of that size from the way down, then a block."""
+    """A 1x1 convolution, twice the size, then a block that also sees `skip`, of that size."""
 
-    def __init__(self, inputs: int, skip: int, outputs: int, guided: int = 0):
+    def __init__(self, inputs: int, skip: int, guided: int = 0):
         super().__init__()
-        self.narrow, self.block = nn.Conv2d(inputs, skip, 1), Block(2 * skip, outputs, guided=guided)
+        self.narrow = nn.Conv2d(inputs, skip, 1)
+        self.block = Block(2 * skip, skip, guided=guided)
 
     def forward(self, x: Tensor, skip: Tensor, embedding: Tensor | None = None) -> Tensor:
         x = F.interpolate(self.narrow(x), scale_factor=2, mode="bilinear", align_corners=True)
@@ -301,14 +226,16 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, inputs, S, S] -> features of five levels, c to 16 c channels at strides 1 to 16. `added`: features to add to each."""
+    """[B, inputs, S, S] -> features of five levels: c to 16 c channels, strides 1 to 16; to each
+    level's those of `added`, if there, are added."""
 
     def __init__(self, inputs: int, channels: int, guided: int = 0):
         super().__init__()
-        widths = [inputs, *(channels << level for level in range(5))]
-        self.blocks = nn.ModuleList(Block(a, b, dropout, guided) for a, b, dropout in zip(widths, widths[1:], DROPOUT))
+        widths = [inputs, *(channels * 2**level for level in range(5))]
+        sizes = zip(widths, widths[1:], DROPOUT)
+        self.blocks = nn.ModuleList(Block(*size, guided) for size in sizes)
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None, added: list[Tensor] | None = None) -> list[Tensor]:
+    def forward(self, x: Tensor, embedding=None, added=None) -> list[Tensor]:
         features = []
         for level, block in enumerate(self.blocks):
             x = block(F.max_pool2d(x, 2) if level else x, embedding)
@@ -322,7 +249,8 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: int, num_classes: int, guided: int = 0):
         super().__init__()
-        self.ups = nn.ModuleList(Up(channels << level + 1, channels << level, channels << level, guided) for level in (3, 2, 1, 0))
+        widths = [channels * 2**level for level in (3, 2, 1, 0)]
+        self.ups = nn.ModuleList(Up(2 * width, width, guided) for width in widths)
         self.classifier = nn.Conv2d(channels, num_classes, 3, padding=1)
 
     def forward(self, features: list[Tensor], embedding: Tensor | None = None) -> Tensor:
@@ -332,24 +260,22 @@ class Decoder(nn.Module):
         return self.classifier(x)
 
 
-class UNet(nn.Module):
-    """The segmentation network: slices [B, 1, S, S] in [0, 1], S a multiple of 16 -> logits [B, C, S, S]."""
+class UNet(nn.Sequential):
+    """Slices [B, 1, S, S] in [0, 1], S a multiple of 16 -> logits [B, C, S, S]."""
 
     def __init__(self, num_classes: int, channels: int = 16):
-        super().__init__()
-        self.encoder, self.decoder = Encoder(1, channels), Decoder(channels, num_classes)
-
-    def forward(self, slices: Tensor) -> Tensor:
-        return self.decoder(self.encoder(slices))
+        super().__init__(Encoder(1, channels), Decoder(channels, num_classes))
 
 
 class Sinusoidal(nn.Module):
-    """Numbers [B] -> embeddings [B, outputs]: sines and cosines of falling frequencies (Ho et al. 2020), then two layers."""
+    """Numbers [B] -> [B, outputs]: sines and cosines (Ho et al. 2020), then two layers."""
 
     def __init__(self, frequencies: int, outputs: int):
         super().__init__()
-        self.register_buffer("rates", torch.exp(-math.log(10_000) * torch.arange(frequencies) / (frequencies - 1)), persistent=False)
-        self.layers = nn.Sequential(nn.Linear(2 * frequencies, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
+        rates = torch.exp(-math.log(10_000) * torch.arange(frequencies) / (frequencies - 1))
+        self.register_buffer("rates", rates, persistent=False)
+        first, second = nn.Linear(2 * frequencies, outputs), nn.Linear(outputs, outputs)
+        self.layers = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, values: Tensor) -> Tensor:
         angles = values.float()[:, None] * self.rates
@@ -357,320 +283,300 @@ class Sinusoidal(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """epsilon of Eq. 8-12: noisy latent and condition [B, 16 c, S/16, S/16], step [B] -> the clean latent. Two levels down, two up."""
+    """Eq. 8, 10: z_t and condition [B, 16 c, S/16, S/16], step [B] -> the clean latent, as in Eq. 9
+    and 11 (in Eq. 3 and 12 the paper has it predict the noise)."""
 
     def __init__(self, channels: int):
         super().__init__()
         low, middle, deep = 16 * channels, 24 * channels, 32 * channels
         self.time = Sinusoidal(4 * channels, deep)
-        self.down1, self.down2 = Block(low, middle, guided=deep), Block(middle, deep, guided=deep)
-        self.up1, self.up2 = Up(deep, middle, middle, guided=deep), Up(middle, low, low, guided=deep)
+        self.down1, self.down2 = Block(low, middle, 0, deep), Block(middle, deep, 0, deep)
+        self.up1, self.up2 = Up(deep, middle, deep), Up(middle, low, deep)
 
     def forward(self, z_t: Tensor, condition: Tensor, step: Tensor) -> Tensor:
-        time = self.time(step)
-        z = z_t + condition
+        time, z = self.time(step), z_t + condition
         half = self.down1(F.max_pool2d(z, 2), time)
         quarter = self.down2(F.max_pool2d(half, 2), time)
         return self.up2(self.up1(quarter, half, time), z, time)
 
 
 class Rectifier(nn.Module):
-    """LCC and LFR: embeds coloured masks beside their slices, recovers better latents by diffusion and decodes them.
+    """LCC and LFR. Without diffusion steps, LCC alone: the latent of a mask itself is decoded.
 
-    forward(condition, target [B, 3, S, S] coloured masks, slices [B, 1, S, S], tau [B]) -> logits [B, C, S, S] of the recovered mask and the
-    latent loss of each pair [B] (Eq. 9, 11). Without diffusion (LCC alone) the condition itself is decoded and the latent loss is 0.
+    colors: uint8 [C, 3]. Below, label maps are [B, S, S], slices [B, 1, S, S] and tau [B].
     """
 
-    def __init__(self, num_classes: int, channels: int = 16, diffusion_steps: int | None = 10, decoder: str = "unet"):
+    def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = 10,
+                 decoder: str = "unet"):
         super().__init__()
         guided = 32 * channels
         self.guidance = Sinusoidal(4 * channels, guided)
-        self.slice_encoder, self.mask_encoder = Encoder(1, channels, guided), Encoder(4, channels, guided)
+        self.slice_encoder = Encoder(1, channels, guided)
+        self.mask_encoder = Encoder(4, channels, guided)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
-        self.decoder = Decoder(channels, num_classes, guided) if decoder == "unet" else nn.Conv2d(16 * channels, num_classes, 1)
-        self.register_buffer("alpha_bar", cosine_alpha_bar(diffusion_steps or 1).float(), persistent=False)
+        self.decoder = (Decoder(channels, len(colors), guided) if decoder == "unet" else
+                        nn.Conv2d(16 * channels, len(colors), 1))
+        alpha_bar = cosine_alpha_bar(max(diffusion_steps, 1)).float()
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        self.register_buffer("colors", colors, persistent=False)
 
-    def embed(self, masks: Tensor, slices: Tensor, guidance: Tensor, of_slices: list[Tensor]) -> list[Tensor]:
-        """B_sem of Eq. 5: features of five levels, the last is z. `of_slices`: those of the slices alone, which are added."""
-        return self.mask_encoder(torch.cat([slices, masks], dim=1), guidance, of_slices)
+    def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
+        """B_sem of Eq. 5: features of five levels, to which those of the slices are added."""
+        masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
+        return self.mask_encoder(masks, guidance, of_slices)
 
     def decode(self, features: list[Tensor], latent: Tensor, guidance: Tensor) -> Tensor:
         if isinstance(self.decoder, Decoder):
             return self.decoder([*features[:-1], latent], guidance)
-        return F.interpolate(self.decoder(latent), features[0].shape[2:], mode="bilinear", align_corners=False)
+        return F.interpolate(self.decoder(latent), features[0].shape[2:], mode="bilinear")
 
-    def forward(self, condition: Tensor, target: Tensor, slices: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
+        """Label maps -> logits [B, C, S, S] of the recovered fine one, and the latent loss of each
+        pair, [B] (Eq. 9, 11)."""
         guidance = self.guidance(TAU_SCALE * tau)
         of_slices = self.slice_encoder(slices, guidance)
-        features = self.embed(condition, slices, guidance, of_slices)
+        features = self.embed(coarse, slices, guidance, of_slices)
         if self.denoiser is None:
-            return self.decode(features, features[-1], guidance), tau.new_zeros(len(tau))
-        with torch.no_grad():  # if the target could learn too, both would shrink to nothing, where recovering is easy
-            clean = self.embed(target, slices, guidance, of_slices)[-1]
+            return self.decode(features, features[-1], guidance), torch.zeros_like(tau)
+        with torch.no_grad():  # a target that learned too would shrink, to be recovered easily
+            clean = self.embed(fine, slices, guidance, of_slices)[-1]
         step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)
-        noisy = diffuse(clean, self.alpha_bar[step][:, None, None, None], torch.randn_like(clean))
+        alpha_bar = self.alpha_bar[step][:, None, None, None]
+        noisy = add_noise(clean, alpha_bar, torch.randn_like(clean))
         recovered = self.denoiser(noisy, features[-1], step)
-        latent_loss = (recovered.float() - clean.float()).square().mean((1, 2, 3))
+        latent_loss = (recovered.float() - clean.float()).square().mean(dim=(1, 2, 3))
         return self.decode(features, recovered, guidance), latent_loss
 
     @torch.no_grad()
-    def rectify(self, masks: Tensor, slices: Tensor, tau: Tensor, sampling_steps: int = 2, eta: float = 0.0) -> Tensor:
-        """Coloured masks [B, 3, S, S] -> better labels int64 [B, S, S]: from pure noise, on condition of the masks' latents (Eq. 12).
-
-        In evaluation mode, whatever the mode before and after. Without diffusion the masks' own latents are decoded.
-        """
+    def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, sampling_steps: int = 2,
+                eta: float = 0.0) -> Tensor:
+        """Label maps -> better ones, int64, recovered from pure noise (Eq. 12)."""
         training = self.training
-        self.eval()
+        self.eval()  # unlike the released code
         guidance = self.guidance(TAU_SCALE * tau)
-        features = self.embed(masks, slices, guidance, self.slice_encoder(slices, guidance))
+        features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
         latent = features[-1]
         if self.denoiser is not None:
-            steps = torch.linspace(len(self.alpha_bar) - 1, 0, sampling_steps + 1).round().long().tolist()
-            condition, latent = latent, torch.randn_like(latent, dtype=torch.float32)
+            latent = torch.randn_like(latent, dtype=torch.float32)
+            times = torch.linspace(len(self.alpha_bar) - 1, 0, sampling_steps + 1)
+            steps = times.round().long().tolist()  # 10, 5, 0
             for step, following in zip(steps, steps[1:]):
-                clean = self.denoiser(latent, condition, torch.full_like(tau, step))
-                latent = reverse_step(latent, clean, self.alpha_bar[step], self.alpha_bar[following], eta, torch.randn_like(latent) if eta else None)
+                clean = self.denoiser(latent, features[-1], torch.full_like(tau, step))
+                latent = ddim_step(latent, clean, self.alpha_bar[step], self.alpha_bar[following],
+                                   eta, torch.randn_like(latent) if eta else None)
         logits = self.decode(features, latent, guidance)
         self.train(training)
         return logits.argmax(dim=1)
 
 
-# ================================================================ training
+# ---------------------------------------------------------------- training
 
 
-def make_views(batch: dict[str, Tensor], config: Config, info: medical.VolumeInfo) -> dict[str, Tensor]:
-    """Weak slices as the loader gives them -> everything a step needs that does not depend on the networks."""
-    views = {"labeled": augment.to_float(batch["labeled"]), "label": batch["label"].long()}
-    if config.strong_labeled or config.model == "diffrect" and not config.w2g:
-        views["labeled_strong"] = strong_view(views["labeled"], info)
-    if config.model != "supervised":
-        views |= {"weak": augment.to_float(batch["unlabeled"]), "valid": batch["valid"]}
-        views["strong"] = strong_view(views["weak"], info)
-        views |= {"truth": batch["truth"].long()} if "truth" in batch else {}
-    return views
-
-
-def strong_view(slices: Tensor, info: medical.VolumeInfo, p: float = 0.5) -> Tensor:
-    """Contrast, sharpness, brightness and Gaussian blur, each with probability p and drawn anew for every slice [B, 1, S, S] in [0, 1]."""
+def strong_view(slices: Tensor, info: VolumeInfo) -> Tensor:
+    """Contrast, sharpness, brightness, blur, each with p = 0.5; slices [B, 1, S, S] in [0, 1]."""
     (low, high), (least, most) = info.adjust, info.blur
-    factors, chosen = low + (high - low) * torch.rand(3, len(slices), device=slices.device), torch.rand(4, len(slices), device=slices.device) < p
-    for adjust, factor, which in zip((augment.adjust_contrast, augment.adjust_sharpness, augment.adjust_brightness), factors, chosen):
-        slices = adjust(slices, torch.where(which, factor, 1))
-    blurred = augment.gaussian_blur(slices, least + (most - least) * torch.rand(len(slices), device=slices.device))
-    return torch.where(chosen[3][:, None, None, None], blurred, slices)
+    size, device = len(slices), slices.device
+    factors = low + (high - low) * torch.rand(3, size, device=device)
+    chosen = torch.rand(4, size, device=device) < 0.5
+    adjustments = augment.adjust_contrast, augment.adjust_sharpness, augment.adjust_brightness
+    for adjust, factor in zip(adjustments, torch.where(chosen[:3], factors, 1)):
+        slices = adjust(slices, factor)
+    sigma = least + (most - least) * torch.rand(size, device=device)
+    return torch.where(chosen[3].view(-1, 1, 1, 1), augment.gaussian_blur(slices, sigma), slices)
 
 
-def train(config: Config) -> dict:
-    """Train, evaluate and save; returns the last evaluation."""
-    context = runtime.start(config.device)
-    data = medical.load_volumes(config, context)
-    unlabeled = config.model != "supervised"
-    require(config.epochs is None, "--epochs is not for diffrect.py, whose recipes count --iterations")
-    fill_from_recipe(config, "diffrect", data, context)
-    check(config, data, context)
-    runtime.seed_everything(config.seed)
-    model = build_model(config, data.info.num_classes)
-    network = runtime.wrap(model, config, context)
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    state = {"model": model, "optimizer": optimizer}
-    rectifies = config.model in ("lcc", "diffrect")
+def make_views(batch: dict[str, Tensor], info: VolumeInfo, strong_labeled: bool,
+               w2g: bool) -> tuple[Tensor, Tensor | None]:
+    """Slices, uint8 -> weak and strong views, float [N, 1, S, S] in [0, 1].
+
+    weak: labeled, then unlabeled slices. strong: the unlabeled ones, without w2g all of them.
+    """
+    labeled = to_float(batch["labeled"])
+    if "unlabeled" not in batch:  # for --model supervised
+        return strong_view(labeled, info) if strong_labeled else labeled, None
+    parts = [labeled, to_float(batch["unlabeled"])]
+    strong = [strong_view(part, info) for part in (parts[1:] if w2g else parts)]
+    return torch.cat(parts), torch.cat(strong)
+
+
+def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=True) -> Tensor:
+    """CE + Dice of `used` pixels, as in Eq. 14; CE is divided by the number of `valid` ones.
+
+    logits [B, C, H, W]; label int64, used and valid bool, [B, H, W]. Dice has squares in the
+    denominator (V-Net), sums over the batch of all ranks, and is a mean over all classes.
+    """
+    loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    loss = (loss * used).sum() / mean_over_ranks(valid.sum())
+    if not dice:
+        return loss
+    probs = logits.float().softmax(dim=1) * used[:, None]
+    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).permute(0, 3, 1, 2)
+    truth = truth * used[:, None]  # [B, C, H, W]
+    sums = torch.stack([probs * truth, probs.square() + truth]).sum(dim=(1, 3, 4))  # [2, C]
+    # Each rank then has the same loss; its gradient is multiplied, as DDP takes the mean of ranks.
+    total = all_reduce_sum(sums.detach().clone())
+    both, squares = sums * world_size() + (total - sums.detach() * world_size())
+    return loss + (1 - (2 * both + 1e-5) / (squares + 1e-5)).mean()
+
+
+def distribute(model: nn.Module, device: torch.device, compile: bool):
+    """The model, moved to the device in place, as training calls it."""
+    if world_size() > 1 and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if compile else model
+    return DDP(network, **KEEP_BUFFERS) if world_size() > 1 else network
+
+
+def train(config: Config) -> None:
+    rank, _, device = init_distributed(config.device)
+    data = load_volumes(config)
+    config = complete(config, data, device)
+    info, classes = data.info, data.info.num_classes
+    supervised, rectifies = config.model == "supervised", config.model in ("lcc", "diffrect")
+
+    torch.manual_seed(config.seed)
+    model = UNet(classes, config.channels)
+    network = distribute(model, device, config.compile)
+    parameters, state = [*model.parameters()], {"model": model}
     if rectifies:
-        rectifier = Rectifier(data.info.num_classes, config.channels, config.diffusion_steps if config.model == "diffrect" else None, config.decoder)
-        rectifier_network = runtime.wrap(rectifier, config, context)
-        rectifier_optimizer = torch.optim.SGD(rectifier.parameters(), config.rectifier_lr, config.momentum, weight_decay=config.weight_decay)
-        state |= {"rectifier": rectifier, "rectifier_optimizer": rectifier_optimizer}
-    colors = mask_colors(config, data.info.num_classes).to(context.device)
-    if config.ema_decay:
-        state["ema"] = runtime.WeightAverage(model, config.ema_decay)
-    runtime.seed_everything(config.seed + 1000 * context.rank)  # ranks augment differently
+        grey = torch.linspace(0, 255, classes).round().byte()[:, None].repeat(1, 3)
+        colors = semantic_colors(classes) if config.colors else grey
+        steps = config.diffusion_steps if config.model == "diffrect" else 0
+        rectifier = Rectifier(colors, config.channels, steps, config.decoder)
+        rectifier_network = distribute(rectifier, device, config.compile)
+        parameters += rectifier.parameters()
+        state["rectifier"] = rectifier
+    # One for both networks: a step leaves parameters alone that have no gradient.
+    optimizer = torch.optim.SGD(parameters, config.lr, 0.9, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
+    state |= {"optimizer": optimizer, "schedule": schedule}
+    torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
+    folder = Path(config.output)
+    checkpoint = Checkpoint(folder, "diffrect", asdict(config), state)
+    start = checkpoint.load()
+    log = Log(folder, "diffrect", start, config.iterations, config.log_every, config.eval_every,
+              config.batch_size * (1 if supervised else 2), config.tensorboard, metric="dice")
+    stop = StopSignal()
+    loader = slice_loader(data, config.crop, config.batch_size, config.seed, start,
+                          config.iterations, device, not supervised, config.num_workers)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
 
-    run = Run("diffrect", config, context, state, images_per_step=config.batch_size * (2 if unlabeled else 1), metric="dice")
-    start = run.begin()
-    loader = medical.slice_loader(data, config, context, start, config.iterations, unlabeled)
+    def evaluate_now(step: int) -> None:
+        files = getattr(data, config.eval_split)
+        results = evaluate_volumes(model, files, info, config.crop, device)
+        if log.is_best(results):
+            checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
+        log.evaluation(step, results)
 
-    for iteration, batch in enumerate(loader, start):
-        runtime.poly_lr(optimizer, iteration, config.iterations)
-        views = make_views(runtime.split_batch(batch, 1, context.device)[0], config, data.info)
-        counts = pixel_counts([views])
-        weight = config.consistency * ramp(iteration, config.rampup)
-        terms, rectified = {}, None
-
-        with runtime.autocast(config, context.device):
-            outputs = forward_views(network, views, config)
+    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
+        evaluate_now(start)
+    for step, batch in enumerate(loader, start + 1):
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        weak, strong = make_views(batch, info, config.strong_labeled, config.w2g)
+        label = batch["label"].long()
+        known, size = label != IGNORE, len(label)
+        with amp:
+            logits_weak = network(weak)
+            logits_strong = None if supervised else network(strong)
+        loss_sup = mask_loss(logits_weak[:size], label, known, known)
+        loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Eq. 13
+        if not supervised:
+            valid = batch["valid"]
+            inside = torch.cat([known, valid])  # outside of turned slices is background
+            masks_weak = logits_weak.detach().argmax(dim=1) * inside
+            masks_strong = logits_strong.detach().argmax(dim=1) * inside[-len(strong) :]
+            pseudo_label = masks_weak[size:]
+            confidence = logits_weak[size:].detach().float().softmax(dim=1).amax(dim=1)
+            used = (confidence >= config.threshold) & valid
+            # No Dice, unlike the released code: it let small wrong regions grow on the phantom.
+            loss_unsup = mask_loss(logits_strong[-size:], pseudo_label, used, valid,
+                                   config.pseudo_dice)
+            weight = config.consistency * ramp(step - 1, config.rampup)
+            loss = loss + weight * loss_unsup
+            terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
         if rectifies:
-            masks = embedded_masks(outputs, views)
-            runtime.poly_lr(rectifier_optimizer, iteration, config.iterations)
-            with runtime.autocast(config, context.device):
-                loss, terms = rectifier_loss(rectifier_network, masks, views, counts, colors, outputs, weight, config)
-            loss.backward()
-            rectifier_optimizer.step()
-            rectifier_optimizer.zero_grad(set_to_none=True)
-            if iteration >= config.warmup:
-                with runtime.autocast(config, context.device):
-                    rectified = rectifier.rectify(color_masks(masks["weak"], colors), views["weak"], masks["tau_u"], config.sampling_steps, config.eta)
-        loss, own_terms = segmentation_loss(outputs, views, counts, rectified, weight, config)
+            # All confidences; in the released code, what is not confident is background here.
+            coarse, fine, slices = masks_strong, masks_weak, strong  # Eq. 9: strong to weak
+            if config.w2g:  # Eq. 11: weak to truth
+                coarse = torch.cat([masks_weak[:size], masks_strong])
+                fine = torch.cat([label, pseudo_label])
+                slices = torch.cat([weak[:size], strong])
+            tau_u = calibration_guidance(config.guidance, coarse[size:], fine[size:], classes)
+            tau_l = calibration_guidance(config.guidance, coarse[:size], fine[:size], classes)
+            count = 2 * size if config.s2w else size
+            with amp:
+                logits, latent_loss = rectifier_network(
+                    coarse[:count], fine[:count], slices[:count], torch.cat([tau_l, tau_u])[:count])
+            loss_decoded = mask_loss(logits[:size], label, known, known)
+            loss_latent_l = latent_loss[:size].mean()
+            loss_rectifier = loss_decoded + config.lambda_l * loss_latent_l  # of Eq. 13
+            terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
+            if config.s2w:
+                loss_decoded_u = mask_loss(logits[size:], pseudo_label, used, valid,
+                                           config.pseudo_dice)
+                loss_latent_u = latent_loss[size:].mean()
+                loss_rectifier = loss_rectifier + weight * loss_decoded_u
+                loss_rectifier = loss_rectifier + config.lambda_u * loss_latent_u
+                terms |= {"loss_decoded_u": loss_decoded_u, "loss_latent_u": loss_latent_u}
+            loss_rectifier.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rectified, loss_rectified = pseudo_label, torch.zeros_like(loss)
+            if step > config.warmup:
+                with amp:
+                    rectified = rectifier.rectify(pseudo_label, weak[size:], tau_u,
+                                                  config.sampling_steps, config.eta)
+                loss_rectified = mask_loss(logits_weak[size:], rectified, valid, valid)  # Eq. 14
+                loss = loss + config.rectify_weight * loss_rectified
+            terms |= {"loss_rectifier": loss_rectifier, "loss_rectified": loss_rectified,
+                      "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
+        # For all losses of the U-Net; the released code makes two steps, one for rectified labels.
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if config.ema_decay:
-            state["ema"].update(iteration)
+        schedule.step()
 
-        run.log(iteration, {name: value.detach() for name, value in {**own_terms, **terms}.items()})
-        if run.should_evaluate(iteration):
-            run.note_results(iteration, scores.evaluate_volumes(predictor(run.evaluated_model, config), data.val, data.info, context))
-            model.train()
-        run.end_of_step(iteration)
+        if "truth" in batch:  # for the log only
+            terms["pseudo_dice"] = dice_coefficient(pseudo_label, batch["truth"], classes).mean()
+            if rectifies:
+                rectified_dice = dice_coefficient(rectified, batch["truth"], classes)
+                terms["rectified_dice"] = rectified_dice.mean()
+        if means := log.step(step, {"loss": loss, **terms}):
+            log.write(step, means)
+        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
+        if stop.requested(step) or due:
+            checkpoint.save(step)
+        stop.leave_if_requested(step)
+        if log.evaluation_is_due(step):
+            evaluate_now(step)
 
-    run.release_signals()  # what follows can be done again by the same command
-    predict = predictor(run.evaluated_model, config)
+    stop.release()
     if data.test:
-        run.note_test(scores.evaluate_volumes(predict, data.test, data.info, context))
-    if context.is_main:
-        scores.write_samples(predict, data, config.crop, context.device, Path(config.output) / "samples.png")
-        if rectifies:
-            write_rectified(model, rectifier, colors, data, config, context.device, Path(config.output) / "rectified.png")
-    return run.last
+        results = evaluate_volumes(model, data.test, info, config.crop, device)
+        say(f"test list: dice {results['dice']:.2f}")
+        log.write_results(test=results)
 
+    def predict(slices: Tensor) -> list[Tensor]:
+        return [model(slices).argmax(dim=1)]
 
-def check(config: Config, data: medical.VolumeData, context: runtime.Context) -> None:
-    """Fill in what the shared options do not know, and raise UserError for values that no run could use."""
-    info, own = data.info, {"rectifier_lr": config.lr}
-    own |= {name: getattr(info, name) for name in ("threshold", "consistency", "channels", "rectify_weight")}
-    own |= {name: round(getattr(info, name) * config.iterations) for name in ("rampup", "warmup")}
-    for name, value in own.items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
-    require(config.crop % 64 == 0, f"--crop must be a multiple of 64 (six levels of halving), not {config.crop}")
-    require(config.grad_accum == 1, "--grad-accum is not for diffrect.py: Dice is a ratio of sums over the whole batch")
-    require(config.backbone == "unet", f"--backbone takes unet here, not {config.backbone}")
-    require(0 <= config.threshold < 1, f"--threshold must lie in [0, 1), not {config.threshold}")
-    for name in ("consistency", "rectify_weight", "lambda_u", "lambda_l", "rampup", "warmup"):
-        require(getattr(config, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
-    require(config.channels >= 1 and config.rectifier_lr > 0, "--channels and --rectifier-lr must be positive")
-    require(0 <= config.eta <= 1, f"--eta must lie in [0, 1], not {config.eta}")
-    require(1 <= config.sampling_steps <= config.diffusion_steps, f"--sampling-steps takes 1 to {config.diffusion_steps} (--diffusion-steps), not {config.sampling_steps}")
-    require(config.model == "supervised" or bool(data.unlabeled), "no unlabeled patient is left: add --model supervised")
-    require(config.model == "diffrect" or config.s2w and config.w2g, f"--no-s2w and --no-w2g belong to --model diffrect, not {config.model}")
-    require(config.s2w or config.w2g, "--no-s2w with --no-w2g leaves no transport to learn: --model lcc is without diffusion")
-    require(config.s2w or config.crop > 64 or config.batch_size > context.world_size, f"--no-s2w leaves one slice a rank, whose latent shrinks to one "
-            f"pixel at --crop {config.crop}: batch norm needs two values")
-    require(config.model == "supervised" or not config.strong_labeled, "--strong-labeled belongs to --model supervised")
-
-
-def mask_colors(config: Config, num_classes: int) -> Tensor:
-    """uint8 [C, 3]: semantic colours, or without SCS evenly spaced greys."""
-    if config.colors:
-        return semantic_colors(num_classes)
-    return torch.linspace(0, 255, num_classes).round().byte()[:, None].expand(-1, 3)
-
-
-def forward_views(network: nn.Module, views: dict, config: Config) -> dict[str, Tensor]:
-    """The U-Net's logits of every view, [b, C, S, S]. Labeled and weak slices share their batch statistics, strong ones have their own."""
-    if config.model == "supervised":
-        return {"labeled": network(views["labeled_strong" if config.strong_labeled else "labeled"])}
-    size = len(views["labeled"])
-    labeled, weak = network(torch.cat([views["labeled"], views["weak"]])).split([size, len(views["weak"])])
-    outputs = {"labeled": labeled, "weak": weak}
-    if "labeled_strong" in views:
-        strong = network(torch.cat([views["labeled_strong"], views["strong"]]))
-        return {**outputs, "labeled_strong": strong[:size], "strong": strong[size:]}
-    return {**outputs, "strong": network(views["strong"])}
-
-
-def embedded_masks(outputs: dict[str, Tensor], views: dict) -> dict[str, Tensor]:
-    """Label maps int64 [b, S, S] of every view, from which no gradient flows to the U-Net. Outside of turned slices all are background."""
-    inside = views["label"] != IGNORE
-    return {name: logits.detach().argmax(dim=1) * (inside if name.startswith("labeled") else views["valid"]) for name, logits in outputs.items()}
-
-
-def rectifier_loss(network, masks: dict, views: dict, counts: dict, colors: Tensor, outputs: dict, weight: float, config: Config) -> tuple[Tensor, dict]:
-    """Diff Loss of Eq. 13: (loss, terms for the log). Adds tau of both kinds of pairs to `masks`."""
-    classes = len(colors)
-    truth, labeled = views["label"], len(views["label"])
-    masks["tau_u"] = calibration_guidance(config.guidance, masks["strong"], masks["weak"], classes)  # Eq. 6
-    coarse, fine, slices = (masks["labeled"], truth, "labeled") if config.w2g else (masks["labeled_strong"], masks["labeled"], "labeled_strong")
-    masks["tau_l"] = calibration_guidance(config.guidance, coarse, fine, classes)
-    pairs = [(coarse, fine, views[slices], masks["tau_l"])]
-    if config.s2w:
-        pairs.append((masks["strong"], masks["weak"], views["strong"], masks["tau_u"]))
-    coarse, fine, slices, tau = (torch.cat(column) for column in zip(*pairs))
-    logits, latent = network(color_masks(coarse, colors), color_masks(fine, colors), slices, tau)
-
-    loss = decoded = cross_entropy_and_dice(logits[:labeled], truth, truth != IGNORE, counts["label"])
-    terms = {"loss_decoded": decoded, "tau_l": masks["tau_l"].mean(), "tau_u": masks["tau_u"].mean()}
-    if config.model == "diffrect":
-        terms["loss_latent_l"] = latent[:labeled].mean()  # Eq. 11
-        loss = loss + config.lambda_l * terms["loss_latent_l"]
-    if config.s2w:
-        used = confident(outputs["weak"], views["valid"], config.threshold)
-        terms["loss_decoded_u"] = pseudo_label_loss(config)(logits[labeled:], masks["weak"], used, counts["valid"])
-        loss = loss + weight * terms["loss_decoded_u"]
-        if config.model == "diffrect":
-            terms["loss_latent_u"] = latent[labeled:].mean()  # Eq. 9
-            loss = loss + config.lambda_u * terms["loss_latent_u"]
-    return loss, {"loss_rectifier": loss, **terms}
-
-
-def pseudo_label_loss(config: Config):
-    """What FixMatch's term is: cross entropy, or with Dice."""
-    return cross_entropy_and_dice if config.pseudo_dice else cross_entropy
-
-
-@torch.no_grad()
-def confident(logits: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Where pseudo labels are learned from, bool [B, H, W]."""
-    return (logits.float().softmax(dim=1).amax(dim=1) >= threshold) & valid
-
-
-def segmentation_loss(outputs: dict, views: dict, counts: dict, rectified: Tensor | None, weight: float, config: Config) -> tuple[Tensor, dict]:
-    """Seg Loss of Eq. 13: (loss, terms for the log). `rectified`: labels of the weak view int64 [b, S, S], None during the warm-up."""
-    truth = views["label"]
-    loss = cross_entropy_and_dice(outputs["labeled"], truth, truth != IGNORE, counts["label"])
-    terms = {"loss_sup": loss}
-    if config.model == "supervised":
-        return loss, {"loss": loss, **terms}
-    pseudo_label, used = outputs["weak"].detach().argmax(dim=1), confident(outputs["weak"], views["valid"], config.threshold)
-    terms["loss_unsup"] = pseudo_label_loss(config)(outputs["strong"], pseudo_label, used, counts["valid"])
-    loss = loss + weight * terms["loss_unsup"]
-    terms["used"] = used.sum() / counts["valid"]
-    learned = pseudo_label if rectified is None else rectified
-    if config.model != "fixmatch":
-        terms["loss_rectified"] = loss.new_zeros(()) if rectified is None else cross_entropy_and_dice(outputs["weak"], rectified, views["valid"], counts["valid"])
-        loss = loss + config.rectify_weight * terms["loss_rectified"]  # Eq. 14
-    if "truth" in views:  # for the log only
-        terms["pseudo_dice"] = dice_coefficient(pseudo_label, views["truth"], outputs["weak"].shape[1]).mean()
-        if config.model != "fixmatch":
-            terms["rectified_dice"] = dice_coefficient(learned, views["truth"], outputs["weak"].shape[1]).mean()
-    return loss, {"loss": loss, **terms}
-
-
-@torch.no_grad()
-def write_rectified(model: UNet, rectifier: Rectifier, colors: Tensor, data: medical.VolumeData, config: Config, device: torch.device, path: Path) -> None:
-    """A picture of validation slices: image | weak pseudo label | rectified label | truth. tau is that of a mask and itself: there is one view."""
-    model.eval()
-    rows = []
-    for image, truth in scores.middle_slices(data.val[:6], data.info, config.crop):
-        slices = torch.from_numpy(image)[None, None].to(device).float() / 255
+    def rectify(slices: Tensor) -> list[Tensor]:
         label = model(slices).argmax(dim=1)
-        tau = calibration_guidance(config.guidance, label, label, data.info.num_classes)
-        rectified = rectifier.rectify(color_masks(label, colors), slices, tau, config.sampling_steps, config.eta)
-        rows.append((image[..., None].repeat(3, axis=2), *(map_[0].byte().cpu().numpy() for map_ in (label, rectified)), truth))
-    sample_grid(rows, data.info.classes, data.info.palette, path, ("image", "weak pseudo label", "rectified label", "truth"))
+        tau = calibration_guidance(config.guidance, label, label, classes)  # there is one view
+        return [label, rectifier.rectify(label, slices, tau, config.sampling_steps, config.eta)]
+
+    model.eval()
+    captions = ("image", "label", "prediction", "rectified")
+    write_sample_grid(predict, captions[:3], data, config.crop, device, folder / "samples.png")
+    if rectifies:
+        write_sample_grid(rectify, captions, data, config.crop, device, folder / "rectified.png")
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The U-Net, which is all that inference needs."""
-    return UNet(num_classes, config.channels)
-
-
-def predictor(model: nn.Module, config: Config):
-    """slices [B, 1, S, S] in [0, 1] -> logits [B, C, S, S]."""
-    return model.eval()
-
-
-def main() -> None:
-    train(parse(Config, description=__doc__))
+def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
+    """What common.evaluate and common.predict make of a checkpoint: slices -> logits."""
+    model = UNet(num_classes, config["channels"])
+    return load_strictly(model, state, "the checkpoint's weights")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(lambda: train(parse(Config, description=__doc__)))

@@ -1,578 +1,448 @@
-"""POS + MEO: Two Losses, One Goal: Balancing Conflict Gradients for Semi-supervised Semantic Segmentation (Sun et al., ICCV 2025).
+"""POS + MEO: Two Losses, One Goal: Balancing Conflict Gradients for Semi-supervised Semantic
+Segmentation. Sun et al., ICCV 2025.
 
-Idea. The supervised and the unsupervised loss are summed with equal weights by everyone, but their gradients g_s and g_u
-often conflict: a step along (g_s + g_u) / 2 may make one of the losses worse. POS takes the shortest vector of the segment
-between g_s and g_u instead (the minimum-norm point of MGDA): to first order no step along it harms either loss. It leans
-towards the shorter gradient and is itself short; MEO gives it the length of the uniform step back.
+The supervised and the unsupervised loss are summed with equal weights by everyone, but their
+gradients g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the
+shortest vector between g_s and g_u instead (the minimum-norm point): to first order no step along
+it harms either loss. It is itself short; MEO gives it the length of the uniform step back.
 
-    Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, consistency_loss
-    Eq. 4       uniform and fixed weights             strategy_weights
-    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weights; pareto_weights on two vectors
-    Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients on two vectors
-    Fig. 1, 3   conflict, norms, alpha over training  gradient_statistics, plot_gradients
+    Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
+    Eq. 4       uniform and fixed weights             integration_weights
+    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pareto_weights
+    Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients
+    Fig. 1, 3   conflict, norms, alpha                gradient_statistics
     Fig. 5      loss and mIoU around the weights      landscape
 
-                      paper                          here (the authors released no code)
-    alpha             Eq. 6, in [0, 1]               OUR ADDITION: in [0.2, 0.8], and outside only as far as one loss would be
-                                                     harmed otherwise. --cap 1 is Eq. 6, which collapses on the embedded data
-    parameters        "gradients"                    of all trainable parameters, encoder and head, as one vector
-    zero gradient     not said                       on either side (no confident pixel): the uniform step
-    equal gradients   not said                       1/2, 1/2
-    h = 0 in Eq. 13   not said                       a zero step, where |h| <= 1e-6 (|g_s| + |g_u|)
-    fixed weights     2:1, 1:2                       scaled to sum to one, as Eq. 4 demands
-    pixel averages    over H x W of each image       over non-ignored pixels of the global batch
-    gamma, Eq. 2      c > gamma                      c >= gamma, as UniMatch
-    optimizer         not said                       sees h as its gradient: weight decay, momentum, the head's larger learning rate
-                                                     and AdamW's scaling come after; for AdamW only changes of |h| count
-    several ranks     not said                       alpha from the gradients of the global batch: they meet in one all-reduce
-    batch norm        of the baseline                of the baseline: forward passes for both losses together, then two backward
-    "covariance"      0.110 and 1.584 (Fig. 3a)      variance of |g_u| and of |g_s| over the run
-
-    UniMatch V1       released code                  here
-    CutMix partner    a second unlabeled batch,      the neighbour in the global batch, with the pseudo label it has anyway
-                      predicted in eval mode
-    perturbed decode  labeled and unlabeled          unlabeled only: the labeled half has no loss
-    ResNet stem       three 3x3 convolutions         7x7, for torchvision's ImageNet weights
-    UniMatch V2
-    CutMix partner    the batch reversed             the neighbour in the global batch
-    undropped images  floor(half) of a rank's batch  each with probability 1/2, so that one image a GPU trains the same thing
-    position encoding resampled with offset 0.1      resampled by size (common/dpt.py)
-    evaluated model   raw and EMA                    the EMA
-    both
-    pixel averages    of each rank                   of the global batch
-    precision         fp32                           bf16 autocast on GPUs that have it: --no-amp
-    learning rate     the same for any batch         linear in --batch-size unless given
-
-Commands
-    python pos_meo.py                                                     embedded data, some minutes on a laptop
-    python pos_meo.py --baseline unimatch_v2                              with a tiny vision transformer
-    python pos_meo.py --dataset pascal --data-root VOC2012 --labeled 92   one GPU
-    torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --data-root VOC2012 --labeled 92 --baseline unimatch_v2
-    python pos_meo.py --landscape runs/a/latest.pt,runs/b/latest.pt       Figure 5
-
-Measured on the embedded data (24 labels, mIoU, three seeds; README): V1 uniform 53.8, fixed 2:1 53.0, 1:2 55.1, POS 54.4,
-POS + MEO 55.4; V2 uniform 53.2, POS + MEO 52.0. PASCAL has not been run.
-
-Baselines and ablations: --strategy uniform | pos (without MEO) | pos_meo (Table 4), --strategy fixed --fixed-weights 1 2
-(Table 5), --cap.
+Run
+    python pos_meo.py                                              embedded data, on a laptop
+    python pos_meo.py --baseline unimatch_v2                       with a tiny vision transformer
+    python pos_meo.py --dataset pascal --labeled 92 --download     one GPU
+    torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --labeled 92 --baseline unimatch_v2
+    python pos_meo.py --landscape runs/a/latest.pt,runs/b/latest.pt
+Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5); --cap.
+Results, figures and all differences from the paper and UniMatch's code: .docs/pos_meo.md
 """
 
+import copy
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 
-from common import augment, runtime
-from common.data import IGNORE, load_data
-from common.deeplab import DeepLabV3Plus
-from common.dpt import DPT
-from common.evaluate import evaluate, load_model
-from common.files import write_atomically, write_json
-from common.landscape import save, scan, table
-from common.loading import class_pixels, evaluation_loader, training_loader
-from common.ohem import hard_pixel_loss
-from common.options import TrainingOptions, fill_from_recipe, option, parse, require
-from common.run import Run
-from common.runtime import pixel_counts
+from common.augment import IGNORE, cutmix, cutmix_boxes, normalize, strong_augment, to_float
+from common.backbones import checkpoint_activations, load_strictly, random_weights_like
+from common.data import DataOptions, load_data, training_loader
+from common.evaluate import data_options, evaluate, load_predictor, write_samples
+from common.figures import filter_normalized_direction
+from common.models import DPT, DeepLabV3Plus, hard_pixel_loss
+from common.runtime import (Checkpoint, Log, RunOptions, StopSignal, all_reduce_sum, bf16_is_fast,
+                            init_distributed, make_ema, mean_over_ranks, neighbour, option, parse,
+                            require, run_main, update_ema, with_defaults, write_json)
 
-BASELINES = ("unimatch_v1", "unimatch_v2")
+BASELINES = {"unimatch_v1": DeepLabV3Plus, "unimatch_v2": DPT}
 STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
-PARETO = ("pos", "pos_meo")  # these need both gradients in every step
 SUP, UNSUP = 0, 1  # g_s and g_u wherever something has two rows
 STATIONARY = 1e-6  # a Pareto step shorter than this share of |g_s| + |g_u| is rounding error
-LANDSCAPE_DISTANCES = [step / 10 for step in range(-10, 11)]
-LANDSCAPE_DIRECTIONS = 3
-LANDSCAPE_BATCHES = 6
-CHUNK = 2**18  # of a gradient, for inner products: float64 copies stay in a CPU's cache
+HARM = -1e-6  # a cosine below this is no rounding error
+CHUNK = 2**20  # of a gradient, whose float64 copies stay small
+DISTANCES = [step / 10 for step in range(-10, 11)]  # of the landscape
+DIRECTIONS, LANDSCAPE_BATCHES = 3, 6
 
-# UniMatch V2's recipe where it differs from the data set's (UniMatch V1's).
-UNIMATCH_V2 = {
-    "pascal": {"backbone": "dinov2_s", "crop": 518, "epochs": 60, "batch_size": 16, "lr": 5e-6, "head_lr_multiplier": 40},
-    "cityscapes": {"backbone": "dinov2_s", "crop": 798, "epochs": 180, "lr": 5e-6, "head_lr_multiplier": 40},
-    "coco": {"backbone": "dinov2_s", "crop": 518, "epochs": 20, "batch_size": 16, "lr": 5e-6, "head_lr_multiplier": 40},
-    "folder": {"backbone": "dinov2_s", "crop": 518, "epochs": 60, "batch_size": 16, "lr": 5e-6, "head_lr_multiplier": 40},
-    "shapes": {"backbone": "tiny_vit", "lr": 2e-4, "head_lr_multiplier": 5},
-}
+# UniMatch V2's recipe where it differs from the data set's, which is UniMatch V1's.
+VIT = {"backbone": "dinov2_s", "crop": 518, "epochs": 60, "batch_size": 16, "lr": 5e-6,
+       "head_lr_multiplier": 40, "threshold": 0.95}
+UNIMATCH_V2 = {"pascal": VIT, "folder": VIT, "coco": {**VIT, "epochs": 20},
+               "cityscapes": {**VIT, "crop": 798, "epochs": 180, "batch_size": 8},
+               "shapes": {"backbone": "tiny_vit", "lr": 2e-4, "head_lr_multiplier": 5}}
 
 
 @dataclass
-class Config(TrainingOptions):
-    baseline: str = option("unimatch_v1", "what the gradients are of: UniMatch V1 (DeepLabv3+) or V2 (ViT, DPT head, EMA teacher)",
-                           choices=BASELINES)
-    strategy: str = option("pos_meo", "how they are integrated: uniform (Eq. 4 with 1/2, 1/2), pos (Eq. 6), pos_meo (Eq. 13) or fixed",
-                           choices=STRATEGIES)
-    fixed_weights: tuple[float, float] | None = option(None, "alpha_s and alpha_u of --strategy fixed, scaled to sum to one (Table 5)",
-                                                       names=("SUP", "UNSUP"))
-    cap: float = option(0.8, "POS gives no loss a larger weight than this unless a smaller one harms it; 1: Eq. 6 as it is, which collapses on "
-                             "the embedded data")
-    threshold: float | None = option(None, "gamma of Eq. 2; default: the data set's recipe (0.95)")
-    measure: bool = option(True, "with uniform and fixed, too: both gradients at every logged step, for Figures 1 and 3")
-    ema_decay: float | None = option(None, "decay of the averaged weights: the teacher of UniMatch V2 (default 0.996); V1 learns from itself "
-                                           "and only evaluates them (default 0: off)")
-    weight_decay: float | None = option(None, "default: 1e-4 for V1's SGD, 0.01 for V2's AdamW")
-    landscape: str | None = option(None, "do not train: loss and mIoU around the weights of this checkpoint, or of several, separated by "
-                                         "commas, into --output (Figure 5)")
+class Config(DataOptions, RunOptions):
+    """What touches learning; None: as the data set's recipe in common/data.py has it."""
 
-
-# ================================================================ the method
+    baseline: str = option("unimatch_v1", "V2: ViT, DPT, EMA teacher", choices=tuple(BASELINES))
+    strategy: str = option("pos_meo", "how gradients are integrated", choices=STRATEGIES)
+    alpha_unsup: float | None = option(None, "of --strategy fixed", low=0, high=1)
+    cap: float | None = option(None, "alpha of POS at most (1; embedded data 0.8)", low=0.5, high=1)
+    threshold: float | None = option(None, "gamma of Eq. 2", low=0, below=1)
+    measure: bool = option(True, "both gradients at logged steps of uniform and fixed, too")
+    landscape: str | None = option(None, "no training: Figure 5 of these checkpoints (commas)")
+    backbone: str | None = option(None, "as in daw.py; unimatch_v2: dinov2_s or tiny_vit")
+    weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
+    crop: int | None = option(None, "training crop in pixels", low=16)
+    batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
+    epochs: int | None = option(None, "passes over the unlabeled list", low=1)
+    iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
+    lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
+    head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
+    ohem: float | None = option(None, "only labels of at most this probability", low=0, below=1)
+    weight_decay: float | None = option(None, "of SGD (1e-4), of V2's AdamW (0.01)", low=0)
+    ema_decay: float | None = option(None, "of V2's teacher (0.996); V1: off (0)", low=0, below=1)
+    seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
 def inner_products(g_sup: Tensor, g_unsup: Tensor) -> Tensor:
-    """[[<g_s, g_s>, <g_s, g_u>], [<g_u, g_s>, <g_u, g_u>]] of flat gradients [P], float64 [2, 2].
+    """<g_s, g_s>, <g_s, g_u>, <g_u, g_u> of flat gradients [P], of which all follows: float64 [3].
 
-    All of the method follows from these three numbers. In float64 the products of float32 numbers are exact, so that
-    they can be subtracted from each other where gradients are nearly equal or opposite.
+    Products of float32 numbers are exact there, so that nearly equal ones may be subtracted.
     """
     sums = g_sup.new_zeros(3, dtype=torch.float64)
-    chunk = CHUNK if g_sup.device.type == "cpu" else 64 * CHUNK  # few launches on a GPU
-    for a, b in zip(g_sup.split(chunk), g_unsup.split(chunk)):
+    for a, b in zip(g_sup.split(CHUNK), g_unsup.split(CHUNK)):
         a, b = a.double(), b.double()
         sums += torch.stack([a.dot(a), a.dot(b), b.dot(b)])
-    return torch.stack([sums[:2], sums[1:]])
+    return sums
 
 
-def minimum_norm_weights(products: Tensor, cap: float = 1.0) -> Tensor:
-    """[alpha_s, alpha_u] from `inner_products`, float64 [2]: Eq. 6, with neither weight above `cap` unless that does harm.
+def minimum_norm_weight(ss: Tensor, su: Tensor, uu: Tensor) -> Tensor:
+    """alpha_u of Eq. 6, 0-d; its other two cases are this one above 1 and below 0."""
+    distance = ss - 2 * su + uu  # |g_s - g_u|^2
+    alpha_unsup = ((ss - su) / distance).clamp(0, 1)
+    return torch.where(distance > 0, alpha_unsup, 0.5)  # equal gradients
 
-    The minimum on the whole line through g_s and g_u lies at <g_s - g_u, g_s> / |g_s - g_u|^2; the two other cases of
-    Eq. 6 are those where this is above 1 or below 0. Equal gradients get 1/2, 1/2, and so does a pair of which one is zero:
-    its minimum-norm point is that zero, and a batch without one confident pixel would stop the supervised loss.
 
-    `cap` is ours. A student that is its own teacher can shrink g_u by agreeing with itself; the smaller g_u, the more
-    Eq. 6 listens to it alone, until nothing of the labels is left. Weights between those of Eq. 6 and 1/2 harm no loss
-    either, as long as <h, g_s> and <h, g_u> are not negative: `harmless` is where they are.
+def capped_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float) -> Tensor:
+    """alpha_u, 0-d, with two rules of ours around Eq. 6.
+
+    Neither loss weighs more than `cap`, unless less would harm it: a student that teaches itself
+    shrinks g_u, and Eq. 6 follows the shorter gradient. And a zero gradient (no confident pixel)
+    must not stop the other loss.
     """
-    ss, su, uu = products[SUP, SUP], products[SUP, UNSUP], products[UNSUP, UNSUP]
-    distance = ss - 2 * su + uu
-    alpha_unsup = ((ss - su) / distance).clamp(0, 1)  # Eq. 6
     conflict = su.clamp(max=0)
-    harmless = -conflict / (uu - conflict), ss / (ss - conflict)  # alpha_u where h is orthogonal to g_u, to g_s
-    alpha_unsup = alpha_unsup.clamp(1 - cap, cap).clamp(*harmless)
-    undecided = (distance <= 0) | (ss == 0) | (uu == 0)
-    alpha_unsup = torch.where(undecided, 0.5, alpha_unsup)
-    return torch.stack([1 - alpha_unsup, alpha_unsup])
+    harmless = -conflict / (uu - conflict), ss / (ss - conflict)  # there h is orthogonal to one
+    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(1 - cap, cap).clamp(*harmless)
+    return torch.where((ss == 0) | (uu == 0), 0.5, alpha_unsup)
 
 
-def magnification(products: Tensor, weights: Tensor) -> Tensor:
-    """lambda of Eq. 13, |(g_s + g_u) / 2| / |alpha_s g_s + alpha_u g_u|; 0 at a Pareto-stationary point. 0-d."""
-    taken, uniform = length(products, weights), length(products, torch.full_like(weights, 0.5))
-    stationary = taken <= STATIONARY * products.diagonal().sqrt().sum()
-    return torch.where(stationary, 0.0, uniform / taken)  # Eq. 13
+def length(products: Tensor, w_sup: Tensor, w_unsup: Tensor) -> Tensor:
+    """|w_s g_s + w_u g_u| from `inner_products`, 0-d."""
+    ss, su, uu = products
+    return (w_sup**2 * ss + 2 * w_sup * w_unsup * su + w_unsup**2 * uu).clamp(min=0).sqrt()
 
 
-def length(products: Tensor, weights: Tensor) -> Tensor:
-    """|w_s g_s + w_u g_u|, 0-d."""
-    return (weights @ products @ weights).clamp(min=0).sqrt()
+def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
+    """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point, where the step is zero."""
+    half = torch.full_like(alpha_unsup, 0.5)
+    taken, uniform = length(products, 1 - alpha_unsup, alpha_unsup), length(products, half, half)
+    stationary = taken <= STATIONARY * (products[0].sqrt() + products[2].sqrt())
+    return torch.where(stationary, 0.0, uniform / taken)
+
+
+def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | None = None,
+                        cap: float = 1.0) -> Tensor:
+    """What g_s and g_u are multiplied with before they are added, float64 [2]."""
+    if strategy in ("uniform", "fixed"):
+        alpha = torch.full_like(products[0], 0.5 if strategy == "uniform" else alpha_unsup)
+    else:
+        alpha = capped_weight(*products, cap)
+    weights = torch.stack([1 - alpha, alpha])
+    return weights * magnification(products, alpha) if strategy == "pos_meo" else weights  # Eq. 13
 
 
 def pareto_weights(g_sup: Tensor, g_unsup: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha_s, alpha_u) of Eq. 6 for flat gradients [P]: 0-d float64 tensors on their device, without a host sync."""
-    return tuple(minimum_norm_weights(inner_products(g_sup, g_unsup)).unbind())
+    """(alpha_s, alpha_u) of Eq. 6 for flat gradients [P]: 0-d float64, without a host sync."""
+    weights = integration_weights(inner_products(g_sup, g_unsup), "pos")
+    return weights[SUP], weights[UNSUP]
 
 
-def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement: bool = True) -> Tensor:
-    """The step h of POS (Eq. 5) with the length of the uniform step (MEO, Eq. 13): flat gradients [P] -> [P].
-
-    <h, g_s> and <h, g_u> are not negative. At a Pareto-stationary point, where h is zero, MEO leaves a zero step.
-    """
-    products = inner_products(g_sup, g_unsup)
-    weights = strategy_weights(products, "pos_meo" if magnitude_enhancement else "pos").to(g_sup.dtype)
+def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=True) -> Tensor:
+    """h of Eq. 5, with MEO of Eq. 13: flat [P]; <h, g_s> and <h, g_u> are not negative."""
+    strategy = "pos_meo" if magnitude_enhancement else "pos"
+    weights = integration_weights(inner_products(g_sup, g_unsup), strategy).to(g_sup.dtype)
     return weights[SUP] * g_sup + weights[UNSUP] * g_unsup
 
 
-def strategy_weights(products: Tensor, strategy: str, fixed_weights: tuple[float, float] | None = None, cap: float = 1.0) -> Tensor:
-    """What g_s and g_u are multiplied with before they are added, float64 [2]; fixed weights are scaled to sum to one."""
-    if strategy == "fixed":  # filled on the device: a tensor made of Python numbers would be copied there
-        return torch.stack([torch.full_like(products[0, 0], weight / sum(fixed_weights)) for weight in fixed_weights])
-    if strategy == "uniform":
-        return torch.full_like(products[0], 0.5)
-    weights = minimum_norm_weights(products, cap)
-    return weights * magnification(products, weights) if strategy == "pos_meo" else weights
+def gradient_statistics(products: Tensor, weights: Tensor, cap: float) -> dict[str, Tensor]:
+    """Figures 1 and 3, for a step along weights[0] g_s + weights[1] g_u; 0-d tensors.
 
+    alpha_unsup, lambda: of POS + MEO, whatever was done. harmful: a step against one gradient.
+    """
+    ss, su, uu = products
+    alpha, half = capped_weight(ss, su, uu, cap), torch.full_like(ss, 0.5)
 
-# ================================================================ two gradients of one step
+    def min_cosine(w_sup: Tensor, w_unsup: Tensor) -> Tensor:
+        along = torch.stack([w_sup * ss + w_unsup * su, w_sup * su + w_unsup * uu])
+        norms = length(products, w_sup, w_unsup) * torch.stack([ss, uu]).sqrt()
+        return torch.where(norms > 0, along / norms, 0.0).min()
+
+    uniform, taken = min_cosine(half, half), min_cosine(*weights)
+    cosine = torch.where((ss > 0) & (uu > 0), su / (ss * uu).sqrt(), 0.0)
+    return {"cosine": cosine, "norm_sup": ss.sqrt(), "norm_unsup": uu.sqrt(), "alpha_unsup": alpha,
+            "lambda": magnification(products, alpha), "min_cosine_uniform": uniform,
+            "min_cosine": taken, "conflict": cosine < 0, "harmful_uniform": uniform < HARM,
+            "harmful": taken < HARM, "remark_1": uu < ss, "remark_2": alpha > 0.5}
 
 
 class Gradients:
-    """g_s and g_u of all trainable parameters: flat float32 [2, P], into which backward passes write directly.
+    """g_s and g_u of all trainable parameters: flat [rows, P], into which backward passes write.
 
-    Every .grad is a view of a row, so autograd adds into the row in place and no gradient is copied. There is no DDP: it
-    expects one backward pass for each forward pass and would average in both. Ranks add up what they have over all parts
-    and meet in one collective a step, after which both gradients are the global batch's on every rank.
+    Every .grad is a view of a row. Instead of DDP, which expects one backward pass for a forward
+    pass, ranks meet in one all-reduce: alpha is that of the global batch.
     """
 
     def __init__(self, model: nn.Module, rows: int):
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        sizes = [parameter.numel() for parameter in self.parameters]
+        self.parameters = [value for value in model.parameters() if value.requires_grad]
+        sizes = [value.numel() for value in self.parameters]
         self.flat = self.parameters[0].new_zeros(rows, sum(sizes))
-        # In the parameters' own memory format, as the optimizer's fused loops want it.
-        self.slots = [[piece.as_strided(parameter.shape, parameter.stride()) for parameter, piece in zip(self.parameters, row.split(sizes))]
-                      for row in self.flat]
+        self.views = []  # in the parameters' own memory format, as the fused optimizers want it
+        for row in self.flat:
+            pieces = zip(row.split(sizes), self.parameters)
+            self.views.append([piece.as_strided(value.shape, value.stride())
+                               for piece, value in pieces])
 
     def backward(self, loss: Tensor, row: int, retain_graph: bool = False) -> None:
-        """Add the gradient of `loss` to a row."""
-        for parameter, view in zip(self.parameters, self.slots[row]):
-            parameter.grad = view
+        self.select(row)
         loss.backward(retain_graph=retain_graph)
 
-    def average_over_ranks(self, rows: int) -> None:
-        if runtime.world_size() > 1:
-            runtime.all_reduce_sum(self.flat[:rows]).div_(runtime.world_size())
-
-    def integrate(self, weights: Tensor) -> None:
-        """Leave weights[0] g_s + weights[1] g_u as the parameters' gradient."""
-        weights = weights.to(self.flat.dtype)
-        self.flat[SUP].mul_(weights[SUP]).addcmul_(self.flat[UNSUP], weights[UNSUP])
-        for parameter, view in zip(self.parameters, self.slots[SUP]):
+    def select(self, row: int) -> None:
+        """Make a row the parameters' gradient."""
+        for parameter, view in zip(self.parameters, self.views[row]):
             parameter.grad = view
 
+    def average_over_ranks(self) -> None:
+        if torch.distributed.is_initialized():
+            all_reduce_sum(self.flat).div_(torch.distributed.get_world_size())
 
-# ================================================================ the baselines
+    def integrate(self, weights: Tensor) -> None:
+        """Make weights[0] g_s + weights[1] g_u the parameters' gradient."""
+        weights = weights.to(self.flat.dtype)
+        self.flat[SUP].mul_(weights[SUP]).addcmul_(self.flat[UNSUP], weights[UNSUP])
+        self.select(SUP)
+
+
+def make_views(batch: dict[str, Tensor], crop: int, blur: tuple[float, float]) -> dict[str, Tensor]:
+    """Weak crops, uint8 -> the normalised views of a step: weak, two strong ones with CutMix."""
+    weak = to_float(batch["unlabeled"])
+    views = {**batch, "labeled": normalize(batch["labeled"]), "weak": normalize(weak)}
+    for view in ("strong_1", "strong_2"):
+        strong = strong_augment(weak, blur_sigma=blur)
+        boxes = cutmix_boxes(len(weak), crop, device=weak.device)
+        views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
+        views[view + "_boxes"] = boxes
+    return views
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
-    """Sum of the cross entropy over labeled pixels (Eq. 1), or hard ones (`ohem`): logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
-    if ohem:
-        return hard_pixel_loss(F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none"), label, ohem)
-    return F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
+    """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
+    loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
+    total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
+    return total / mean_over_ranks((label != IGNORE).sum())
 
 
 def pseudo_labels(logits: Tensor, valid: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Eq. 2 from the teacher's logits [B, C, H, W]: (pseudo label, 1 where it is used and 0 elsewhere), each [B, H, W]."""
+    """Eq. 2: teacher's logits [B, C, H, W] -> (pseudo label, 1 where it is used), [B, H, W]."""
     confidence, pseudo_label = logits.float().softmax(dim=1).max(dim=1)
     return pseudo_label, ((confidence >= threshold) & valid).float()
 
 
-def consistency_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor) -> Tensor:
-    """Sum of the cross entropy with the used pseudo labels (Eq. 3): logits [B, C, H, W], the others [B, H, W]."""
-    return (F.cross_entropy(logits.float(), pseudo_label, reduction="none") * used).sum()
+def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """Eq. 3, a mean over valid pixels: logits [B, C, H, W], the others [B, H, W]."""
+    loss = F.cross_entropy(logits.float(), pseudo_label, reduction="none")
+    return (loss * weight).sum() / mean_over_ranks(valid.sum())
 
 
-def strong_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, views: dict, counts: dict) -> Tensor:
-    """Eq. 3 on both strong views, logits [2B, C, H, W], averaged; where CutMix pasted, with the neighbour's pseudo label."""
-    neighbour_label, neighbour_used = runtime.roll_global_batch(pseudo_label), runtime.roll_global_batch(used)
+def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dict) -> Tensor:
+    """Eq. 3 on both strong views, logits [2B, C, H, W]; in CutMix's boxes with the neighbour's."""
+    own = (pseudo_label, weight, views["valid"])
+    partners = [neighbour(part) for part in own]
     losses = []
     for view, logits_view in zip(("strong_1", "strong_2"), logits.chunk(2)):
         boxes = views[view + "_boxes"]
-        mixed_label, mixed_used = augment.cutmix(boxes, pseudo_label, neighbour_label), augment.cutmix(boxes, used, neighbour_used)
-        losses.append(consistency_loss(logits_view, mixed_label, mixed_used) / counts[view + "_valid"])
+        mixed = [cutmix(boxes, part, partner) for part, partner in zip(own, partners)]
+        losses.append(weighted_loss(logits_view, *mixed))
     return sum(losses) / 2
 
 
-def unimatch_v1_losses(network, views: dict, counts: dict, threshold: float, ohem: float = 0.0):
+def unimatch_v1_losses(network, views: dict, threshold: float, ohem: float) -> tuple[Tensor, ...]:
     """(L_sup, L_unsup, pseudo label, used) of UniMatch V1, whose teacher is the student itself.
 
-    Labeled and weak images pass together, as the batch-norm statistics of UniMatch demand; L_sup has a gradient through
-    the weak images' features for that reason alone. L_unsup is half of the strong views', half of the perturbed view's.
+    Labeled and weak images share batch-norm statistics: by these L_sup has a gradient in both.
     """
     size = len(views["weak"])
     logits, logits_perturbed = network(torch.cat([views["labeled"], views["weak"]]), perturb=size)
     logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]))
     logits_labeled, logits_weak = logits.split([len(logits) - size, size])
     pseudo_label, used = pseudo_labels(logits_weak.detach(), views["valid"], threshold)
-    loss_perturbed = consistency_loss(logits_perturbed, pseudo_label, used) / counts["valid"]
-    loss_sup = supervised_loss(logits_labeled, views["label"], ohem) / counts["label"]
-    loss_unsup = 0.5 * strong_loss(logits_strong, pseudo_label, used, views, counts) + 0.5 * loss_perturbed
-    return loss_sup, loss_unsup, pseudo_label, used
+    loss_perturbed = weighted_loss(logits_perturbed, pseudo_label, used, views["valid"])
+    loss_strong = strong_loss(logits_strong, pseudo_label, used, views)
+    loss_sup = supervised_loss(logits_labeled, views["label"], ohem)
+    return loss_sup, 0.5 * loss_strong + 0.5 * loss_perturbed, pseudo_label, used
 
 
-def unimatch_v2_losses(network, teacher, views: dict, counts: dict, threshold: float, ohem: float = 0.0):
-    """(L_sup, L_unsup, pseudo label, used) of UniMatch V2: pseudo labels of the EMA teacher, two strong views whose features
-    lose complementary channels. The losses share no activation: two gradients take no more time than their sum."""
+def unimatch_v2_losses(network, teacher, views: dict, threshold: float,
+                       ohem: float) -> tuple[Tensor, ...]:
+    """The same of UniMatch V2: EMA teacher, strong views that lose complementary channels."""
     with torch.no_grad():
         pseudo_label, used = pseudo_labels(teacher(views["weak"]), views["valid"], threshold)
-    masks = complementary_masks(len(views["weak"]), teacher.encoder.dim, views["weak"].device)
-    loss_sup = supervised_loss(network(views["labeled"]), views["label"], ohem) / counts["label"]
+    size, channels = len(views["weak"]), teacher.encoder.dim
+    mask = 2.0 * torch.randint(2, (size, channels), device=used.device)  # 0 or 2
+    whole = torch.rand(size, 1, device=used.device) < 0.5  # half of the images keep all channels
+    masks = torch.cat([torch.where(whole, 1.0, mask), torch.where(whole, 1.0, 2 - mask)])
+    loss_sup = supervised_loss(network(views["labeled"]), views["label"], ohem)
     logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]), masks)
-    return loss_sup, strong_loss(logits_strong, pseudo_label, used, views, counts), pseudo_label, used
+    return loss_sup, strong_loss(logits_strong, pseudo_label, used, views), pseudo_label, used
 
 
-def complementary_masks(batch: int, channels: int, device: torch.device) -> Tensor:
-    """Channel factors [2 batch, channels] of two views: 0 or 2 in one and 2 or 0 in the other; half of the images keep all (1)."""
-    mask = 2.0 * torch.randint(2, (batch, channels), device=device)
-    mask = torch.where(torch.rand(batch, 1, device=device) < 0.5, 1.0, mask)
-    return torch.cat([mask, 2 - mask])
+# ---------------------------------------------------------------- training
 
 
-# ================================================================ training
-
-
-def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float]) -> dict[str, Tensor]:
-    """Weak crops as the loader gives them -> everything a step needs that does not depend on the network."""
-    weak = augment.to_float(part["unlabeled"])
-    views = {"labeled": augment.normalize(part["labeled"]), "label": part["label"], "weak": augment.normalize(weak), "valid": part["valid"]}
-    if "truth" in part:
-        views["truth"] = part["truth"]
-    neighbour_valid = runtime.roll_global_batch(part["valid"])
-    for view in ("strong_1", "strong_2"):
-        strong = augment.strong_augment(weak, blur_sigma=blur)
-        boxes = augment.cutmix_boxes(len(weak), config.crop, device=weak.device)
-        views[view] = augment.normalize(augment.cutmix(boxes, strong, runtime.roll_global_batch(strong)))
-        views[view + "_boxes"] = boxes
-        views[view + "_valid"] = augment.cutmix(boxes, part["valid"], neighbour_valid)
-    return views
-
-
-def resolve(config: Config, context):
-    """Replace what `config` leaves open by the baseline's and the data set's recipe; returns the data. Raises UserError."""
-    data = load_data(config, context)
+def train(config: Config) -> None:
+    rank, world_size, device = init_distributed(config.device)
+    data = load_data(config)
     is_v2 = config.baseline == "unimatch_v2"
     if is_v2:
         name = data.info.name.split("_")[0]
-        require(name in UNIMATCH_V2, f"there is no UniMatch V2 recipe for {data.info.name}: use --baseline unimatch_v1")
-        data.info = dataclasses.replace(data.info, **UNIMATCH_V2[name])
-    for name, defaults in {"ema_decay": (0.0, 0.996), "weight_decay": (1e-4, 0.01)}.items():
-        if getattr(config, name) is None:
-            setattr(config, name, defaults[is_v2])
-    require(not is_v2 or config.ema_decay > 0, "--baseline unimatch_v2 learns from averaged weights: --ema-decay must be above 0")
-    fill_from_recipe(config, "pos_meo", data, context)
-    if config.threshold is None:
-        config.threshold = data.info.threshold
-    require(0.5 <= config.cap <= 1, f"--cap must lie in [0.5, 1], not {config.cap}")
-    require((config.strategy == "fixed") == (config.fixed_weights is not None), "--strategy fixed and --fixed-weights SUP UNSUP belong together")
-    require(config.fixed_weights is None or (min(config.fixed_weights) >= 0 and sum(config.fixed_weights) > 0),
-            "the --fixed-weights must not be negative, nor both zero")
-    require(bool(data.unlabeled), "no unlabeled image is left: POS needs both losses")
-    return data
+        require(name in UNIMATCH_V2, f"no UniMatch V2 recipe for {name}: --baseline unimatch_v1")
+        info = dataclasses.replace(data.info, **UNIMATCH_V2[name])
+        data = dataclasses.replace(data, info=info)
+    config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
+                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4,
+                           cap=0.8 if data.info.embedded else 1.0, amp=bf16_is_fast(device),
+                           output=f"runs/pos_meo_{data.tag}_{config.seed}")
+    require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
+    fixed, threshold = config.strategy == "fixed", config.threshold
+    require(fixed == (config.alpha_unsup is not None), "--strategy fixed needs --alpha-unsup")
 
-
-def train(config: Config) -> dict:
-    """Train, evaluate and save as `config` says; returns the last evaluation."""
-    context = runtime.start(config.device)
-    data = resolve(config, context)
-    runtime.seed_everything(config.seed)
-    model = build_model(config, data.info.num_classes)
-    network = runtime.wrap(model, config, context, average_gradients=False)
-    optimizer = build_optimizer(model, config)
-    history = nn.Module()  # of every step, on the device and in the checkpoint; nan where not measured
-    history.register_buffer("steps", torch.full((config.iterations, len(STATISTICS)), torch.nan, device=context.device))
-    state = {"model": model, "optimizer": optimizer, "history": history}
+    torch.manual_seed(config.seed)
+    network_class = BASELINES[config.baseline]
+    model = network_class(config.backbone, data.info.num_classes, config.weights)
+    if world_size > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    model.to(device, memory_format=torch.channels_last)
+    network = torch.compile(model) if config.compile else model
+    functorch.donated_buffer = False  # when compiled: a graph is walked twice
+    groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+    if is_v2:
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    evaluated = model
     if config.ema_decay:
-        state["ema"] = runtime.WeightAverage(model, config.ema_decay)
-    teacher = state["ema"].model if config.baseline == "unimatch_v2" else None
-    gradients = Gradients(model, rows=2 if config.strategy in PARETO or config.measure else 1)
-    runtime.seed_everything(config.seed + 1000 * context.rank)  # ranks augment differently
+        evaluated = state["ema"] = make_ema(model)
+    pareto = config.strategy.startswith("pos")
+    gradients = Gradients(model, rows=2 if pareto or config.measure else 1)
+    torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
+    checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
+    start = checkpoint.load()
+    log = Log(config.output, "pos_meo", start, config.iterations, config.log_every,
+              config.eval_every, 2 * config.batch_size, config.tensorboard)
+    stop = StopSignal()
+    loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
+                             config.iterations, device, True, config.num_workers)
 
-    run = Run("pos_meo", config, context, state)
-    start = run.begin()
-    labeled_pixels = class_pixels(data)
-    loader = training_loader(data, config, context, start, config.iterations)
+    def evaluate_now(step: int) -> None:
+        results = evaluate(evaluated, data, config.eval_split, config.crop, device,
+                           config.num_workers)
+        if log.is_best(results):
+            checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
+        log.evaluation(step, results)
 
-    for iteration, batch in enumerate(loader, start):
-        runtime.poly_lr(optimizer, iteration, config.iterations)
-        parts = [make_views(part, config, data.info.blur) for part in runtime.split_batch(batch, config.grad_accum, context.device)]
-        measure = config.measure and (iteration + 1) % config.log_every == 0
-        logged, statistics = optimizer_step(network, teacher, parts, gradients, optimizer, config, context, measure)
-        if statistics is not None:
-            history.steps[iteration] = statistics
-        if config.ema_decay:
-            state["ema"].update(iteration)
-
-        run.log(iteration, logged, slow=lambda means: report(history, iteration, means, config))
-        if run.should_evaluate(iteration):
-            predict = predictor(run.evaluated_model, config)
-            run.note_results(iteration, run.evaluate(predict, data, getattr(data, config.eval_split), labeled_pixels))
-        run.end_of_step(iteration)
-
-    run.write_samples(predictor(run.evaluated_model, config), data)
-    if context.is_main:
-        write_json(run.folder / "gradients.json", {"strategy": config.strategy, **summarize(history.steps)})
-        plot_gradients(history.steps.cpu(), config.strategy, run.folder)
-    return run.last
-
-
-def optimizer_step(network, teacher, parts: list[dict], gradients: Gradients, optimizer, config: Config, context, measure: bool):
-    """One step on the views of all parts and ranks: (scalars for the log, STATISTICS where both gradients were computed, or None).
-
-    That is always the case for POS, and for uniform and fixed weights where `measure` asks for it; else one traversal of
-    the graph gives their weighted sum.
-    """
-    separate = measure or config.strategy in PARETO
-    counts, logged = pixel_counts(parts), {}
-    gradients.flat.zero_()
-    for views in parts:
-        with runtime.autocast(config, context.device):
-            if config.baseline == "unimatch_v1":  # Eq. 1-3
-                losses = unimatch_v1_losses(network, views, counts, config.threshold, config.ohem or 0.0)
+    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
+        evaluate_now(start)
+    for step, batch in enumerate(loader, start + 1):
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        views = make_views(batch, config.crop, data.info.blur)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            if is_v2:
+                losses = unimatch_v2_losses(network, evaluated, views, threshold, config.ohem)
             else:
-                losses = unimatch_v2_losses(network, teacher, views, counts, config.threshold, config.ohem or 0.0)
+                losses = unimatch_v1_losses(network, views, threshold, config.ohem)
         loss_sup, loss_unsup, pseudo_label, used = losses
-        if separate:  # V1's losses share a graph: the first traversal must leave it for the second
-            gradients.backward(loss_sup, SUP, retain_graph=config.baseline == "unimatch_v1")
+        terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
+                 "loss_unsup": loss_unsup,
+                 "used": used.sum() / mean_over_ranks(views["valid"].sum())}
+        gradients.flat.zero_()
+        if pareto or config.measure and step % config.log_every == 0:
+            gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph
             gradients.backward(loss_unsup, UNSUP)
-        else:
-            w_sup, w_unsup = config.fixed_weights if config.strategy == "fixed" else (1.0, 1.0)
-            gradients.backward((w_sup * loss_sup + w_unsup * loss_unsup) / (w_sup + w_unsup), SUP)
-        terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup, "loss_unsup": loss_unsup, "used": used.sum() / counts["valid"]}
+            gradients.average_over_ranks()
+            products = inner_products(*gradients.flat)
+            weights = integration_weights(products, config.strategy, config.alpha_unsup, config.cap)
+            gradients.integrate(weights)
+            terms |= gradient_statistics(products, weights, config.cap)
+        else:  # one traversal gives the weighted sum
+            alpha = config.alpha_unsup if fixed else 0.5
+            gradients.backward((1 - alpha) * loss_sup + alpha * loss_unsup, SUP)
+            gradients.average_over_ranks()
+        optimizer.step()
+        schedule.step()
+        if config.ema_decay:
+            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))
+
         if "truth" in views:  # for the log only
             known = used * (views["truth"] != IGNORE)
-            terms |= {"used_known": known.sum(), "used_right": (known * (pseudo_label == views["truth"])).sum()}
-        logged = {name: value.detach() + logged.get(name, 0.0) for name, value in terms.items()}
-    gradients.average_over_ranks(rows=2 if separate else 1)
-    statistics = None
-    if separate:
-        products = inner_products(*gradients.flat)
-        weights = strategy_weights(products, config.strategy, config.fixed_weights, config.cap)  # Eq. 4-6, 13
-        gradients.integrate(weights)
-        statistics = gradient_statistics(products, weights, config.cap)
-    optimizer.step()
-    return logged, statistics
+            right = known * (pseudo_label == views["truth"])
+            terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
+        if means := log.step(step, terms):
+            log.write(step, means)
+        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
+        if stop.requested(step) or due:
+            checkpoint.save(step)
+        stop.leave_if_requested(step)
+        if log.evaluation_is_due(step):
+            evaluate_now(step)
+
+    stop.release()
+    write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 
-def report(history: nn.Module, iteration: int, means: dict[str, float], config: Config) -> dict[str, float]:
-    """For the log: the gradients of the steps since the last line, and how many used pseudo labels are right."""
-    line = summarize(history.steps[iteration - iteration % config.log_every : iteration + 1])
-    if means.get("used_known"):
-        line["used_accuracy"] = round(means["used_right"] / means["used_known"], 5)
-    return line
+def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
+    """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
+    network_class = BASELINES[config["baseline"]]
+    model = network_class(config["backbone"], num_classes, random_weights_like(state))
+    return load_strictly(model, state, "the checkpoint's weights")
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    network = DeepLabV3Plus if config.baseline == "unimatch_v1" else DPT
-    return network(config.backbone, num_classes, config.weights)
-
-
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
-    if config.baseline == "unimatch_v1":
-        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-
-
-def predictor(model: nn.Module, config: Config):
-    """images [B, 3, H, W], normalised -> logits [B, C, H, W]."""
-    return model.eval()
-
-
-# ================================================================ what Figures 1 and 3 show
-
-STATISTICS = (  # of one step
-    "cosine",  # between g_s and g_u
-    "norm_sup", "norm_unsup",
-    "alpha_unsup", "lambda",  # that Eq. 6 (with --cap) and Eq. 13 give, whatever the strategy
-    "min_cosine_uniform", "min_cosine",  # the smaller one of the cosines between g_s, g_u and the uniform step, the step taken
-)
-HARM = -1e-6  # a cosine below this is no rounding error
-
-
-def gradient_statistics(products: Tensor, weights: Tensor, cap: float = 1.0) -> Tensor:
-    """STATISTICS of a step with these `inner_products` that takes weights[0] g_s + weights[1] g_u; float32 [7].
-
-    Cosines with a zero vector are 0.
-    """
-    norms = products.diagonal().sqrt()
-
-    def divide(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(b > 0, a / b, 0.0)
-
-    def min_cosine(weights: Tensor) -> Tensor:
-        return divide(weights @ products, norms * length(products, weights)).min()
-
-    pareto = minimum_norm_weights(products, cap)
-    return torch.stack([divide(products[SUP, UNSUP], norms.prod()), norms[SUP], norms[UNSUP], pareto[UNSUP],
-                        magnification(products, pareto), min_cosine(torch.full_like(weights, 0.5)), min_cosine(weights)]).float()
-
-
-def summarize(steps: Tensor) -> dict[str, float]:
-    """STATISTICS of some steps [n, 7] in numbers: means, and in how many steps the paper's claims held; {} if none is measured."""
-    steps = steps[steps[:, 0].isfinite()].double().cpu()
-    if not len(steps):
-        return {}
-    column = dict(zip(STATISTICS, steps.unbind(dim=1)))
-    numbers = {name: values.mean() for name, values in column.items()}
-    if len(steps) > 1:
-        numbers |= {f"{name}_variance": column[name].var() for name in ("norm_sup", "norm_unsup")}
-    numbers |= {f"lowest_{name}": column[name].min() for name in ("min_cosine_uniform", "min_cosine")}
-    shares = {
-        "conflict": column["cosine"] < 0,  # Figure 1a
-        "harmful_uniform": column["min_cosine_uniform"] < HARM,  # Figure 1b: the uniform step makes one of the losses worse
-        "harmful": column["min_cosine"] < HARM,  # Figure 1c: so does the step that was taken
-        "remark_1": column["norm_unsup"] < column["norm_sup"],
-        "remark_2": column["alpha_unsup"] > 0.5,
-    }
-    numbers |= {name: held.double().mean() for name, held in shares.items()}
-    return {name: float(f"{value.item():.6g}") for name, value in numbers.items()}
-
-
-def plot_gradients(steps: Tensor, strategy: str, folder: Path) -> None:
-    """gradients.png from STATISTICS of all steps, the paper's Figures 1 and 3; nothing if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    iterations = steps[:, 0].isfinite().nonzero()[:, 0]
-    if not len(iterations):
-        return
-    column = dict(zip(STATISTICS, steps[iterations].unbind(dim=1)))
-    figure = Figure(figsize=(18, 3.4), layout="constrained")
-    *cosines, norms, alpha = figure.subplots(1, 5)
-    for axes, name, title in zip(cosines, ("cosine", "min_cosine_uniform", "min_cosine"), (
-            "1a: cos(g_sup, g_unsup)", "1b: min cos(uniform step, .)", f"1c: min cos({strategy} step, .)")):
-        for sign, colour in ((column[name] >= 0, "tab:blue"), (column[name] < 0, "tab:red")):
-            axes.scatter(iterations[sign], column[name][sign], s=3, color=colour, linewidths=0)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(title=title, xlabel="iteration", ylim=(-1.05, 1.05))
-    edges = torch.linspace(0, torch.cat([column["norm_sup"], column["norm_unsup"]]).quantile(0.995), 61).numpy()
-    for name, colour in (("norm_sup", "tab:blue"), ("norm_unsup", "tab:orange")):
-        norms.hist(column[name].numpy(), bins=edges, color=colour, alpha=0.6, label=name)
-    norms.set(title="3a: gradient norms", xlabel="norm", ylabel="steps")
-    norms.legend()
-    alpha.scatter(iterations, column["alpha_unsup"], s=3, color="tab:green", linewidths=0)
-    alpha.axhline(0.5, color="black", linewidth=0.8, zorder=0)
-    alpha.set(title="3b: alpha_unsup of POS", xlabel="iteration", ylim=(-0.05, 1.05))
-    write_atomically(folder / "gradients.png", lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-
-
-# ================================================================ Figure 5
-
-
+@torch.no_grad()
 def landscape(config: Config) -> None:
-    """Figure 5: loss and mIoU around the weights of the checkpoints in `config.landscape`, all along the same directions.
+    """Figure 5: loss and mIoU around the weights of checkpoints, along the same directions.
 
-    The loss is (L_sup + L_unsup) / 2 over fixed batches of the training lists, L_unsup on the strong views alone with the
-    pseudo labels that the unmoved weights give (so its level is each checkpoint's own); batch norm in eval mode; the EMA's
-    weights where there are any. mIoU is that of the whole validation list, at 61 points a checkpoint.
+    (L_sup + L_unsup) / 2 of fixed batches, in evaluation mode; L_unsup on the strong views alone,
+    with the pseudo labels of the unmoved weights.
     """
-    context, curves = runtime.start(config.device), {}
-    require(context.world_size == 1, "--landscape runs in one process")
+    _, world_size, device = init_distributed(config.device)
+    require(world_size == 1, "--landscape runs in one process")
+    folder, curves = Path(config.output or "runs/landscape"), {}
     for path in config.landscape.split(","):
-        model, saved, info = load_model(path, context.device)
-        require(hasattr(saved, "strategy"), f"{path} is no checkpoint of pos_meo.py")
-        saved = dataclasses.replace(saved, data_root=config.data_root or saved.data_root, seed=config.seed, batch_size=8, num_workers=0)
-        data = dataclasses.replace(load_data(saved, context), info=info)
-        runtime.seed_everything(config.seed)
-        batches = []
-        for batch in training_loader(data, saved, context, 0, LANDSCAPE_BATCHES):
-            (part,) = runtime.split_batch(batch, 1, context.device)
-            views = make_views(part, saved, info.blur)
-            with torch.no_grad():
-                batches.append((views, pixel_counts([views]), *pseudo_labels(model(views["weak"]), views["valid"], saved.threshold)))
-        labeled_pixels = class_pixels(data)
-
-        @torch.no_grad()
-        def measure() -> dict[str, float]:
-            losses = []
-            for views, counts, pseudo_label, used in batches:
-                loss_sup = supervised_loss(model(views["labeled"]), views["label"], saved.ohem or 0.0) / counts["label"]
-                logits_strong = model(torch.cat([views["strong_1"], views["strong_2"]]))
-                losses.append((loss_sup + strong_loss(logits_strong, pseudo_label, used, views, counts)) / 2)
-            results = evaluate(model, evaluation_loader(data.val, data, context, 0), info, context, labeled_pixels)
-            return {"loss": torch.stack(losses).mean().item(), "miou": results["miou"]}
-
-        curves[path] = scan(model, measure, LANDSCAPE_DISTANCES, LANDSCAPE_DIRECTIONS, config.seed)
-    folder = Path(config.output or "runs/landscape")
-    folder.mkdir(parents=True, exist_ok=True)
-    save(curves, folder, {"loss": "training loss", "miou": "mIoU (%)"})
-    print(table(curves))
+        model, saved, info = load_predictor(path, device)
+        require("alpha_unsup" in saved, f"{path} is no checkpoint of pos_meo.py")
+        data, crop = load_data(data_options(saved)), saved["crop"]
+        torch.manual_seed(config.seed)
+        fixed = []
+        for batch in training_loader(data, crop, 8, config.seed, 0, LANDSCAPE_BATCHES, device):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            views = make_views(batch, crop, info.blur)
+            teaching = pseudo_labels(model(views["weak"]), views["valid"], saved["threshold"])
+            fixed.append((views, *teaching))
+        curves[path] = []
+        for number in range(DIRECTIONS):
+            generator = torch.Generator().manual_seed(config.seed * 1000 + number)
+            direction = filter_normalized_direction(model, generator)
+            for distance in DISTANCES:
+                moved = copy.deepcopy(model)
+                torch._foreach_add_(list(moved.parameters()), direction, alpha=distance)
+                losses = []
+                for views, pseudo_label, used in fixed:
+                    logits = moved(torch.cat([views["strong_1"], views["strong_2"]]))
+                    losses.append(strong_loss(logits, pseudo_label, used, views))
+                    logits = moved(views["labeled"])
+                    losses.append(supervised_loss(logits, views["label"], saved["ohem"]))
+                miou = evaluate(moved, data, "val", crop, device, config.num_workers)["miou"]
+                curves[path].append({"direction": number, "distance": distance, "miou": miou,
+                                     "loss": torch.stack(losses).mean().item()})
+    write_json(folder / "landscape.json", curves)  # python -m common.figures draws it
 
 
 def main() -> None:
     config = parse(Config, description=__doc__)
-    landscape(config) if config.landscape else train(config)
+    (landscape if config.landscape else train)(config)
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(main)

@@ -1,96 +1,43 @@
 #!/usr/bin/env bash
-# ./run_all.sh          make the environment and the embedded data, train every method and its baselines, print a table
-# ./run_all.sh test     make the environment and run all tests, or what further arguments tell pytest
-#
-# SEEDS="0 1 2" ./run_all.sh repeats every run with three seeds; finished runs are not trained again.
-# The active Python is used where it satisfies requirements.txt, otherwise .venv is made (PYTHON chooses its Python).
+# ./run_all.sh        environment, embedded data, the main job in short, tables and pictures
+# ./run_all.sh all    every row of .docs/rows.txt at full length; SEEDS="0 1 2" repeats each
+# ./run_all.sh test   environment, all tests; further arguments are pytest's
+# The active Python is used where it has requirements.txt, otherwise .venv is made (by $PYTHON).
 set -euo pipefail
 cd "$(dirname "$0")"
 
-satisfies_requirements() {
-    "$1" - <<'PYTHON' 2>/dev/null
-import importlib.metadata, re, sys
-for line in open("requirements.txt"):
-    name, _, least = line.split("#")[0].strip().partition(">=")
-    if name:
-        have = importlib.metadata.version(name)
-        as_numbers = lambda version: [int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3]]
-        assert not least or as_numbers(have) >= as_numbers(least)
-assert sys.version_info >= (3, 10)
-import torchvision.ops, torch
-torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # fails where torch and torchvision do not belong together
-PYTHON
-}
-
-python=""
-for candidate in python3 python .venv/bin/python; do
-    if command -v "$candidate" >/dev/null && satisfies_requirements "$candidate"; then
-        python=$candidate
-        break
-    fi
+ready() {  # torchvision's operators fail to load where it does not belong to torch
+    "$1" -m pip install --quiet --dry-run --no-index -r requirements.txt &&
+        "$1" -c 'import torch, torchvision.ops as o; o.nms(torch.ones(1, 4), torch.ones(1), 0.5)'
+} >/dev/null 2>&1
+for python in python3 python .venv/bin/python none; do
+    if ready "$python"; then break; fi
 done
-if [ -z "$python" ]; then
+if [ "$python" = none ]; then
     echo "making .venv with the packages of requirements.txt (some minutes, about 6 GB)"
     "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     python=.venv/bin/python
-    satisfies_requirements "$python" || { echo "error: .venv does not satisfy requirements.txt; delete it and try again" >&2; exit 1; }
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
-echo "using $("$python" -c 'import platform, sys, torch; print(sys.executable, "with Python", platform.python_version(), "and PyTorch", torch.__version__)')"
+if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 
-if [ "${1:-}" = test ]; then
-    shift
-    exec "$python" -m pytest -q "${@:-tests}"
-fi
-
-runs=runs/shapes
-train() {  # name of the row in the table, script, options
-    local row=$1 script=$2
-    shift 2
-    for seed in ${SEEDS:-0}; do
-        echo "== $row, seed $seed: $script $*"
-        "$python" "$script" --seed "$seed" --output "$runs/$row/seed$seed" "$@"
-    done
+rows=$(if [ "${1:-}" = all ]; then cat .docs/rows.txt; else sed '/^# ---/q' .docs/rows.txt; fi)
+folder=$(if [ "${1:-}" = all ]; then echo runs; else echo runs/short; fi)
+export python folder options=$(if [ "${1:-}" != all ]; then echo --iterations 600; fi)
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+train() {  # seed, row, script, options: one that fails stops no other
+    local run="$folder/$2/seed$1"
+    mkdir -p "$run"
+    "$python" "${@:3}" $options --seed "$1" --output "$run" >"$run/log.txt" 2>&1 ||
+        { echo "FAILED $2, seed $1: $(tail -n 1 "$run/log.txt") ($run/log.txt)"; return 1; }
+    "$python" -m common.evaluate --table "$folder/${2%/*}" 2>/dev/null
 }
-
-train supervised        daw.py --supervised
-train supervised_strong daw.py --supervised --strong-labeled
-train pseudo_label      daw.py --weighting none
-train unimatch          daw.py --weighting fixed
-train dawf              daw.py --weighting daw --no-align
-train daw               daw.py
-train oracle            daw.py --supervised --labeled all
-
-train uniform           pos_meo.py --strategy uniform
-train fixed_2_1         pos_meo.py --strategy fixed --fixed-weights 2 1
-train fixed_1_2         pos_meo.py --strategy fixed --fixed-weights 1 2
-train pos               pos_meo.py --strategy pos
-train pos_meo           pos_meo.py
-train v2_uniform        pos_meo.py --baseline unimatch_v2 --strategy uniform
-train v2_pos_meo        pos_meo.py --baseline unimatch_v2
-
-train diffmatch_discriminative diffmatch.py --discriminative
-train diffmatch_no_adjustment  diffmatch.py --tau 0
-train diffmatch                diffmatch.py
-train diffmatch_no_threshold   diffmatch.py --threshold 0
-
-train usrn_I            usrn.py --model I
-train usrn_II           usrn.py --model II
-train usrn_III          usrn.py --model III
-train usrn_IV           usrn.py --model IV
-train usrn              usrn.py
-train usrn_plain_kmeans usrn.py --clustering plain
-
-runs=runs/phantom
-train supervised        diffrect.py --model supervised
-train supervised_strong diffrect.py --model supervised --strong-labeled
-train fixmatch          diffrect.py --model fixmatch
-train lcc               diffrect.py --model lcc
-train diffrect_no_s2w   diffrect.py --no-s2w
-train diffrect_no_w2g   diffrect.py --no-w2g
-train diffrect          diffrect.py
-train oracle            diffrect.py --model supervised --labeled all
-
-"$python" -m common.results runs/shapes
-"$python" -m common.results runs/phantom
-echo "pictures: runs/*/*/seed*/samples.png, runs/shapes/usrn*/seed*/subclasses/subclasses.png, runs/phantom/*/seed*/rectified.png"
+export -f train
+for data in shapes phantom; do "$python" -m common.synthetic --dataset "$data"; done
+status=0
+for seed in ${SEEDS:-0}; do sed "/^#/d; s/^/$seed /" <<<"$rows"; done |
+    xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 bash -c 'train "$@"' train || status=1
+for run in "$folder"/*/*/seed*; do "$python" -m common.figures "$run" 2>/dev/null || true; done
+echo "pictures:"
+ls "$folder"/*/*/seed*/*.png "$folder"/*/*/seed*/*/subclasses.png 2>/dev/null
+exit $status

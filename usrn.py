@@ -1,84 +1,35 @@
-"""USRN: Unbiased Subclass Regularization for Semi-Supervised Semantic Segmentation (Guan et al., CVPR 2022).
+"""USRN: Unbiased Subclass Regularization for Semi-Supervised Semantic Segmentation
+Guan et al., CVPR 2022.
 
-Idea. Labeled pixels are imbalanced, so a network trained on them is biased towards large classes, and so are its pseudo
-labels. Cluster the labeled pixels of every class into subclasses of the size of the smallest class: a second network F_sub
-that learns these balanced subclasses is not biased. On unlabeled images, where F_sub is surer than the first network F, a
-pseudo label must be of the class that F_sub sees. Only F is used afterwards.
+Labeled pixels are imbalanced, so a network F trained on them is biased towards large classes, and
+so are its pseudo labels. Cluster the labeled pixels of each class into subclasses as large as the
+smallest class: F_sub, a second network, learns these and is not biased. On unlabeled images, where
+F_sub is surer, a pseudo label must be of the class that it sees. Only F is used afterwards.
 
-    stage 1    F is trained on labeled images                            train_stage, model "baseline"
-    stage 2    its features of labeled pixels are clustered              cluster_labels, balanced_kmeans, subclass_counts
-    stage 3    F and F_sub are trained together, from the start          train_stage
+    stage 1       F is trained on labeled images             train, with model "baseline"
+    stage 2       balanced clusters of its features          make_subclasses, balanced_kmeans
+    stage 3       F and F_sub are trained from the start     train
+    Eq. 2         losses on classes and on subclasses        supervised_loss, usrn_loss
+    Eq. 3         S: pseudo labels above gamma               select
+    Eq. 4, 6, 7   the class that F_sub sees; the gate        regularize, entropy_gate
+    Eq. 5, 8      self-training of F_sub; the total          weighted_loss, usrn_loss
+    Eq. 9         class balance rate                         class_balance_rate
 
-    Eq. 2      supervised loss on classes and on subclasses              usrn_loss, supervised_loss
-    Eq. 3      S: pseudo labels above the threshold gamma                select
-    Eq. 4      F's prediction, times the class that F_sub sees           regularize
-    Eq. 5      self-training of F_sub                                    usrn_loss
-    Eq. 6, 7   the same as Eq. 4 where F_sub has the lower entropy       entropy_gate, regularize
-    Eq. 8      total loss                                                usrn_loss
-    Eq. 9      class balance rate                                        class_balance_rate
-
-                      paper                      released code              here
-    clusters per      pixels / pixels of the     typed in for each data     rounded ratio, at least 1; in all at most one a labeled
-    class             smallest class             set's lists                image, see below (--max-subclasses 255: the paper's;
-                                                                            differs on its lists of 165 and of Cityscapes' 93)
-    clustering        balanced k-means           "regularized k-means" in   exact balanced assignment (common.kmeans)
-                                                 C++, through CSV files
-    features          not said                   best validation epoch,     last iteration, twice the features' stride (8 with
-                                                 stride 8                   ResNets), 2 x 2 averaged
-    pixels counted    of the labels              of the cells               of the cells; classes without any count as 0 in CBR
-    strong view       colour jitter, blur        blur, grayscale, jitter    the recipe of all files here: the same, with jitter
-                                                 0.4, 0.4, 0.4, 0.1         0.5, 0.5, 0.5, 0.25
-    subclass maps     not said                   nearest cell, whatever     nearest cell; where that is of another class, the class's
-                                                 the pixel's own class      centroid nearest to its features: subclasses divide
-                                                                            the label map exactly
-    entropies (Eq. 6) of parents                 of subclasses / log K,     parents: --gate parents | subclasses
-                                                 against F's / log C
-    class of F_sub    one-hot of M(p*) (Eq. 6)   parent of the likeliest    parent of the likeliest subclass: sums over parents
-                      or M(one-hot) (Eq. 4)      subclass                   would favour large classes again (not measured)
-    threshold, Eq. 6  of the one-hot, as printed of F's probability in the  of F's probability in the class
-                                                 class
-    gate closed       "no back-propagation"      F's own pseudo label       F's own pseudo label
-    unlabeled losses  not said                   at stride 8, all pixels    on 2 x 2 averaged features (--pool), valid pixels
-    batch norm        not said                   labeled, weak and strong   labeled with weak, strong apart, as UniMatch
-                                                 apart
-    stage 1's length  not said                   as stage 3                 a quarter of it (--supervised-iterations)
-    start of stage 3  not said                   ImageNet                   ImageNet
-    dropout           not said                   0.5 and 0.1 in the head    none: DeepLabv3+ of all files here
-    learning rate     1e-3                       1e-3, head 1e-2            the recipe's: on PASCAL the same
-    crop              320                        320                        321
-    share "all"       both features              -                          the encoder; ASPP and decoder are F_sub's own
-
-With gamma >= 0.5, Eq. 4 and 6 never change a pseudo label: where F_sub sees another class, F's confidence in it is below one
-half, and the pixel is left out. Regularization here means that F_sub may veto.
-
-Eq. 5 thresholds the confidence in one subclass. A class of many subclasses shares its probability among them and is rarely
-above gamma, so that pseudo labels of F_sub are mostly of classes with few. Where clusters are as small as patches of single
-images, which F_sub cannot tell apart, this runs away: on the embedded data with 83 subclasses of 24 images, F_sub ended by
-seeing small classes everywhere and vetoed what was right (README). Hence our limit on the number of subclasses.
-
-Commands
-    python usrn.py                                                                          embedded data
-    python usrn.py --dataset pascal --data-root VOC2012 --labeled 92 --backbone resnet50    one GPU
-    torchrun --nproc_per_node=8 usrn.py --dataset pascal --data-root VOC2012 --labeled 92 --backbone resnet50
-
-A run folder also holds supervised/ (stage 1, a run folder like any other) and subclasses/ (stage 2: PNG maps, subclasses.json,
-subclasses.png). Both are used again as long as the options and labeled images that they depend on are the same, and made
-anew otherwise.
-
-Measured on the embedded data (24 labels, mIoU, one to three seeds; README): labeled only 51.7, Model I 51.0, II 57.6, III 57.2,
-IV 56.0, USRN 56.7, with plain k-means 54.9: subclasses do not help there. PASCAL has not been run.
-
-Ablations: --model baseline | self-training | I | II | III | IV | USRN (Table 3), --clustering (Table 4), --share (Table 5),
---threshold (Table 6), --architecture (Table 9), --gate.
+Run
+    python usrn.py                                              embedded data
+    python usrn.py --dataset pascal --labeled usrn_331 --download         one GPU
+    torchrun --nproc_per_node=8 usrn.py --dataset pascal --labeled usrn_331 --backbone resnet50
+Ablations: --model (Table 3), --clustering (4), --share (5), --threshold (6), --architecture (9).
+A run folder also holds supervised/ (stage 1, a run folder too) and subclasses/ (stage 2), which are
+used again where they are finished; a folder copied to another run's is too.
+Results, figures and all differences from the paper and the released code: .docs/usrn.md
 """
 
-import dataclasses
-import hashlib
 import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -87,97 +38,72 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import augment, runtime
-from common.data import IGNORE, Data, Sample, load_data
-from common.deeplab import ARCHITECTURES, DeepLabV3Plus
-from common.files import open_picture, read_checkpoint, write_json
-from common.kmeans import balanced_kmeans, kmeans, means
-from common.loading import EvaluationSet, class_pixels, training_loader
-from common.ohem import hard_pixel_loss
-from common.options import RESUMABLE, TrainingOptions, fill_from_recipe, option, parse, require
-from common.pictures import colorize, sample_grid, save_indexed_png
-from common.run import Run, check_options
-from common.runtime import Context, pixel_counts
+from common.augment import IGNORE, normalize, strong_augment, to_float
+from common.backbones import checkpoint_activations, load_strictly, random_weights_like
+from common.data import Data, DataOptions, EvaluationSet, Sample, load_data, training_loader
+from common.evaluate import evaluate, write_samples
+from common.figures import colorize, sample_grid, save_indexed_png, voc_palette
+from common.models import ARCHITECTURES, hard_pixel_loss, resize
+from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, bf16_is_fast,
+                            init_distributed, main_first, make_ema, mean_over_ranks, option, parse,
+                            rank, reading, require, run_main, say, update_ema, with_defaults,
+                            world_size, write_json)
 
-MODELS = {  # Table 3
-    "baseline": (),
-    "self-training": ("OST",),
-    "I": ("MSL",),
-    "II": ("MSL", "OST"),
-    "III": ("MSL", "OST", "USR"),
-    "IV": ("MSL", "OST", "USR", "SST"),
-    "USRN": ("MSL", "OST", "USR", "SST", "EGM"),
-}
+PARTS = ("MSL", "OST", "USR", "SST", "EGM")  # Eq. 2 for F_sub, 3, 4, 5, 6
+MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
+          "III": PARTS[:3], "IV": PARTS[:4], "USRN": PARTS}  # Table 3
 MOST_SUBCLASSES = 255  # 0 to 254: what a PNG with 255 = ignore can hold
+OF_STAGE_3 = ("threshold", "gate", "lambda_sub", "lambda_u", "clustering", "share", "pool",
+              "max_subclasses", "supervised_iterations")
 
 
 @dataclass
-class Config(TrainingOptions):
-    model: str = option("USRN", "row of Table 3: I (MSL, supervised losses of both), II (+ OST, self-training of F), III (+ USR, Eq. 4), "
-                                "IV (+ SST, Eq. 5), USRN (+ EGM, Eq. 6); without F_sub: baseline (labeled images) or self-training",
-                        choices=tuple(MODELS))
-    threshold: float = option(0.75, "gamma of Eq. 3 (Table 6)")
-    gate: str = option("parents", "whose entropies Eq. 6 compares: of F_sub's probabilities summed over parents, or of subclasses, each "
-                                  "divided by the log of their number (released code)", choices=("parents", "subclasses"))
-    lambda_sub: float = option(1.0, "weight of F_sub's losses, Eq. 2 and 8")
-    lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8")
-    clustering: str = option("balanced", "balanced or plain k-means (Table 4)", choices=("balanced", "plain"))
-    share: str = option("low", "what F and F_sub share (Table 5): nothing, the stem and stage 1, or the whole encoder", choices=("none", "low", "all"))
-    architecture: str = option("deeplabv3plus", "of both networks (Table 9, without PSANet)", choices=tuple(ARCHITECTURES))
-    max_subclasses: int | None = option(None, "subclasses in all; clusters are larger than the smallest class where these would be more. "
-                                              "Default: the labeled images, 255 at most; 255: the paper's rule")
-    pool: int = option(2, "unlabeled losses at features averaged over so many cells each way; 0: at the pixels of the crop")
-    supervised_iterations: int | None = option(None, "length of stage 1; default: a quarter of --iterations")
-    retrain: bool = option(False, "start stage 3 anew though --output holds one of other options; its checkpoints are deleted")
+class Config(DataOptions, RunOptions):
+    """What touches learning; None: as the data set's recipe in common/data.py has it."""
+
+    model: str = option("USRN", "row of Table 3, or without F_sub", choices=tuple(MODELS))
+    threshold: float = option(0.75, "gamma of Eq. 3", low=0, below=1)
+    gate: str = option("parents", "whose entropies Eq. 6 compares; subclasses: the released code",
+                       choices=("parents", "subclasses"))
+    lambda_sub: float = option(1.0, "weight of F_sub's losses, Eq. 2 and 8", low=0)
+    lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8", low=0)
+    clustering: str = option("balanced", "k-means of stage 2", choices=("balanced", "plain"))
+    share: str = option("low", "of F and F_sub: nothing, the stem and stage 1, or the encoder",
+                        choices=("none", "low", "all"))
+    architecture: str = option("deeplabv3plus", "of both", choices=tuple(ARCHITECTURES))
+    max_subclasses: int | None = option(None, "in all (255; embedded: one a labeled image)",
+                                        low=2, high=MOST_SUBCLASSES)
+    pool: int = option(2, "unlabeled losses on means of so many features; 0: on pixels",
+                       low=0, high=4)
+    supervised_iterations: int | None = option(None, "stage 1 (a quarter of --iterations)", low=1)
+    retrain: bool = option(False, "delete what --output holds of a run, and make all stages again")
+    backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
+    weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
+    crop: int | None = option(None, "training crop in pixels", low=16)
+    batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
+    epochs: int | None = option(None, "passes over the unlabeled list", low=1)
+    iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
+    lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
+    head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
+    ohem: float | None = option(None, "only labels of at most this probability", low=0, below=1)
+    weight_decay: float = option(1e-4, "of SGD", low=0)
+    ema_decay: float = option(0.0, "evaluate an average of the weights; 0: off", low=0, below=1)
+    seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
-# ================================================================ the method
+# ---------------------------------------------------------------- pseudo labels, losses
 
 
-def class_balance_rate(counts: Tensor) -> float:
-    """CBR of Eq. 9 in [0, 1] for the pixels of each class, [C]: 1 if all are equal, 0 if all pixels are of one class.
-
-    nan for a single class and for no pixel at all, where the equation is 0 / 0.
-    """
-    counts = counts.double()
-    deviation = counts.std(correction=0)
-    worst = counts.sum() * (len(counts) - 1) ** 0.5 / len(counts)  # the deviation of (N, 0, ..., 0)
-    return float(1 - deviation / worst)
-
-
-def subclass_counts(pixels: Tensor, most: int = MOST_SUBCLASSES) -> Tensor:
-    """How many subclasses each class gets, int64 [C], for its pixels [C]: as many as clusters of the smallest class's size.
-
-    Every class has one at least, also one without pixels. If all of them are more than `most`, clusters become larger, by the
-    least whole number of pixels that is enough. Raises ValueError for more classes than `most`.
-    """
-    if len(pixels) > most:
-        raise ValueError(f"{len(pixels)} classes cannot have {most} subclasses")
-    pixels = pixels.double()
-
-    def counts(size: int) -> Tensor:
-        return (pixels / size).round().clamp(min=1).long()
-
-    low = int(pixels[pixels > 0].min()) if bool((pixels > 0).any()) else 1
-    high = max(low, int(pixels.max()))  # one each
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if int(counts(middle).sum()) <= most else (middle + 1, high)
-    return counts(low)
-
-
-def subclasses_to_parents(probs: Tensor, parent_of: Tensor, num_classes: int | None = None) -> Tensor:
-    """M of Eq. 4 and 7: probabilities of subclasses [B, K, ...] -> of classes [B, C, ...], by summing; parent_of: int64 [K].
-
-    `num_classes`: C; without it the largest parent says, which waits for the device.
-    """
-    num_classes = num_classes or int(parent_of.max()) + 1
-    return probs.new_zeros(len(probs), num_classes, *probs.shape[2:]).index_add_(1, parent_of, probs)
+def subclasses_to_parents(probs: Tensor, parent_of: Tensor, num_classes: int) -> Tensor:
+    """M of Eq. 4, 7: of subclasses [B, K, ...] -> of classes [B, C, ...], sums; parent_of [K]."""
+    parents = probs.new_zeros(len(probs), num_classes, *probs.shape[2:])
+    return parents.index_add_(1, parent_of, probs)
 
 
 def select(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """S of Eq. 3: probs [B, C, ...] -> pseudo labels int64 [B, ...] and where they are used, bool: above the threshold."""
+    """S of Eq. 3: probs [B, C, ...] -> pseudo labels [B, ...] and whether they are used, bool."""
     confidence, pseudo_label = probs.max(dim=1)
     return pseudo_label, confidence > threshold
 
@@ -187,496 +113,547 @@ def entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(dim=1) / math.log(probs.shape[1])
 
 
-def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, compare: str = "parents") -> Tensor:
-    """Where F_sub may regularize F, bool [B, ...]: its entropy is the lower one (Eq. 6).
+def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, compare: str) -> Tensor:
+    """Eq. 6: where F_sub may regularize F, as its entropy is the lower one; bool [B, ...].
 
-    probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub. `compare`: entropies of "parents" (Eq. 7) or of "subclasses".
+    probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub; compare: "parents" or "subclasses".
     """
     if compare == "parents":
-        sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])
+        sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])  # Eq. 7
     return entropy(sub_probs) < entropy(probs)
 
 
-def regularize(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, gate: Tensor | None = None) -> Tensor:
-    """F's probabilities [B, C, ...], zero but for the class that F_sub sees (Eq. 4); only where `gate` is True (Eq. 6)."""
-    seen = parent_of[sub_probs.argmax(dim=1)]
-    other = torch.arange(probs.shape[1], device=probs.device).view(1, -1, *[1] * (probs.dim() - 2)) != seen.unsqueeze(1)
-    return probs.masked_fill(other if gate is None else other & gate.unsqueeze(1), 0)
+def regularize(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, gate: Tensor) -> Tensor:
+    """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class that F_sub sees.
+
+    With gamma >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in
+    another class is below one half.
+    """
+    # The likeliest subclass's parent: sums over parents would favour large classes again.
+    seen = parent_of[sub_probs.argmax(dim=1)].unsqueeze(1)
+    only = torch.zeros_like(probs).scatter(1, seen, probs.gather(1, seen))
+    return torch.where(gate.unsqueeze(1), only, probs)
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
-    """Sum of the cross entropy over labeled pixels, or hard ones (`ohem`): logits [B, C, H, W], label [B, H, W] with 255 = ignore."""
-    if ohem:
-        return hard_pixel_loss(F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none"), label, ohem)
-    return F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
+    """Eq. 2, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
+    loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
+    total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
+    return total / mean_over_ranks((label != IGNORE).sum())
 
 
-def self_training_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor) -> Tensor:
-    """Sum of the cross entropy over the pixels that are used: logits [B, C, H, W], pseudo_label and used [B, H, W]."""
-    return (F.cross_entropy(logits.float(), pseudo_label, reduction="none") * used).sum()
+def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+    """Eq. 4, 5, a mean over valid pixels: logits [B, C, H, W], the others [B, H, W]."""
+    loss = F.cross_entropy(logits.float(), pseudo_label, reduction="none")
+    return (loss * weight).sum() / mean_over_ranks(valid.sum())
 
 
 class USRN(nn.Module):
-    """F and F_sub, which share the encoder's first part, nothing or the whole encoder.
+    """F and F_sub, which share nothing, the encoder's first part ("low") or all of it.
 
-    forward(images [B, 3, H, W], cells=k, subclasses=n) -> logits of the first B - k images [B-k, C, H, W] and of the last k at the
-    resolution of the unlabeled losses [k, C, h, w]; then the same of F_sub for the first n images only (None: n = 0).
+    forward(images [B, 3, H, W], cells=k, subclasses=n) -> logits of the first B - k images [B-k, C,
+    H, W] and of the last k where unlabeled losses are computed [k, C, h, w]; then the same of F_sub
+    for the first n images only (None if n = 0).
     """
 
-    def __init__(self, model: DeepLabV3Plus, subclass_model: DeepLabV3Plus | None, share: str, pool: int):
+    def __init__(self, model: nn.Module, subclass_model: nn.Module | None, share: str, pool: int):
         super().__init__()
         self.model, self.subclass_model, self.share, self.pool = model, subclass_model, share, pool
-        if subclass_model is not None:  # what is shared is F's
-            encoder = subclass_model.encoder
-            parts = {"none": (), "low": encoder.low_parts, "all": [name for name, _ in encoder.named_children()]}[share]
-            for name in parts:
-                delattr(encoder, name)
+        if subclass_model is None:
+            return
+        encoder = subclass_model.encoder
+        everything = [name for name, _ in encoder.named_children()]
+        for name in {"none": (), "low": encoder.low_parts, "all": everything}[share]:
+            parent, _, child = name.rpartition(".")
+            delattr(encoder.get_submodule(parent), child)  # F's is used
 
     def forward(self, images: Tensor, cells: int = 0, subclasses: int = 0) -> tuple:
+        whole, size = len(images) - cells, images.shape[2:]
         low = self.model.encoder.low_level(images)
         high = self.model.encoder.high_level(low)
-        logits = self.classify(self.model, low, high, len(images) - cells, images.shape[2:])
+        logits = self.classify(self.model, low, high, whole, size)
         if not subclasses:
             return *logits, None, None
         if self.share == "none":
             low = self.subclass_model.encoder.low_level(images[:subclasses])
         if self.share != "all":
             high = self.subclass_model.encoder.high_level(low[:subclasses])
-        sub_logits = self.classify(self.subclass_model, low[:subclasses], high[:subclasses], len(images) - cells, images.shape[2:])
-        return *logits, *sub_logits
+        low, high = low[:subclasses], high[:subclasses]
+        return *logits, *self.classify(self.subclass_model, low, high, whole, size)
 
-    def classify(self, model: DeepLabV3Plus, low: Tensor, high: Tensor, whole: int, size: torch.Size) -> tuple[Tensor, Tensor]:
+    def classify(self, model: nn.Module, low: Tensor, high: Tensor, whole: int, size) -> tuple:
         z = model.decode(low, high)
-        if self.pool:
-            z, z_cells = z[:whole], z[whole:]
-            logits_cells = model.classifier(F.avg_pool2d(z_cells, self.pool)).float()
-            logits = F.interpolate(model.classifier(z).float(), size=size, mode="bilinear", align_corners=True)
-            return logits, logits_cells
-        logits = F.interpolate(model.classifier(z).float(), size=size, mode="bilinear", align_corners=True)
-        return logits[:whole], logits[whole:]
+        if not self.pool:
+            logits = resize(model.classifier(z).float(), size)
+            return logits[:whole], logits[whole:]
+        cells = model.classifier(F.avg_pool2d(z[whole:], self.pool)).float()
+        return resize(model.classifier(z[:whole]).float(), size), cells
 
 
-# ================================================================ stage 2: subclasses
-
-
-@dataclass
-class Subclasses:
-    """Stage 2's result, and what a checkpoint keeps of it: maps that are no longer the same make it worthless."""
-
-    parent_of: list[int]  # K
-    folder: Path  # of the maps: <name>.png for each labeled image
-    labeled: str  # SHA-256 of the labeled images and masks
-    maps: str  # SHA-256 of the maps
-
-    def state_dict(self) -> dict:
-        return {"parent_of": self.parent_of, "labeled": self.labeled, "maps": self.maps}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state != self.state_dict():
-            raise ValueError("the labeled images or their subclasses are not those that it was trained with; --retrain starts anew")
-
-    def labels(self, data: Data) -> Data:
-        """`data` whose labeled masks are the subclass maps."""
-        samples = [Sample(sample.image, str((self.folder / f"{sample.name}.png").resolve())) for sample in data.labeled]
-        names = tuple(f"{data.info.classes[parent]} {number}" for number, parent in enumerate(self.parent_of))
-        return dataclasses.replace(data, labeled=samples, info=dataclasses.replace(data.info, classes=names))
-
-
-def cluster_labels(model: nn.Module, data: Data, config: Config, context: Context, labeled: str) -> Subclasses:
-    """Stage 2: subclass maps of the labeled images from F's features, or those of an earlier run if nothing has changed."""
-    folder = Path(config.output) / "subclasses"
-    key = {"labeled": labeled, "model": sha256_of_state(model), "clustering": config.clustering, "max_subclasses": config.max_subclasses,
-           "seed": config.seed}
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if context.world_size > 1 else None  # others wait while rank 0 clusters
-    record = read_record(folder, key, data) if context.is_main else None
-    if group:
-        shared = [record]
-        dist.broadcast_object_list(shared, src=0, group=group)
-        record = shared[0]
-    if record is None:
-        mine = extract_features(model, data.labeled[context.rank :: context.world_size], data, context)
-        parts = [mine]
-        if group:
-            parts = [None] * context.world_size if context.is_main else None
-            dist.gather_object(mine, parts, dst=0, group=group)
-        if context.is_main:
-            cells = {name: value for part in parts for name, value in part.items()}
-            del mine, parts  # gigabytes
-            record = write_subclasses(folder, [cells[sample.name] for sample in data.labeled], data, config, key, context.device)
-        if group:
-            shared = [record]
-            dist.broadcast_object_list(shared, src=0, group=group)
-            record = shared[0]
-    elif context.is_main:
-        print(f"stage 2: {len(record['parent_of'])} subclasses from {folder}", flush=True)
-    return Subclasses(record["parent_of"], folder, labeled, record["maps"])
-
-
-def sha256_of_state(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def sha256_of_file(path: Path) -> bytes:
-    with open_picture(path) as file:
-        return hashlib.sha256(file.read()).digest()
-
-
-def sha256_of_labeled(data: Data) -> str:
-    """Of the labeled images and masks with their names, in the list's order."""
-    digest = hashlib.sha256()
-    for sample in data.labeled:
-        for file in (sample.image, sample.mask):
-            digest.update(file.encode() + b"\0" + sha256_of_file(data.root / file))
-    return digest.hexdigest()
-
-
-def sha256_of_maps(folder: Path, data: Data) -> str | None:
-    """Of the subclass maps; None if one is missing."""
-    files = [folder / f"{sample.name}.png" for sample in data.labeled]
-    if not all(file.is_file() for file in files):
-        return None
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
-
-
-def read_record(folder: Path, key: dict, data: Data) -> dict | None:
-    """subclasses.json, if it is of this key and its maps are as it left them."""
-    try:
-        record = json.loads((folder / "subclasses.json").read_text())
-        return record if record["key"] == key and record["maps"] == sha256_of_maps(folder, data) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@torch.inference_mode()
-def extract_features(model: nn.Module, samples: list[Sample], data: Data, context: Context) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> features of the image's cells, float16 [h, w, D], and their labels uint8 [h, w]; a cell is 2 x 2 features (PSPNet: one)."""
-    model.eval()
-    tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it would start anew for every size
-    cells = {}
-    for item in EvaluationSet(samples, data.root, data.info.num_classes):
-        features = F.avg_pool2d(model.features(augment.normalize(item["image"][None].to(context.device))), model.cell, ceil_mode=True)
-        rows, columns = (cell_centres(pixels, count) for pixels, count in zip(item["label"].shape, features.shape[2:]))
-        cells[item["name"]] = features[0].permute(1, 2, 0).clamp(-65504, 65504).half().cpu(), item["label"][rows][:, columns]
-    model.train()
-    torch.backends.cudnn.benchmark = tuning
-    return cells
-
-
-def cell_centres(pixels: int, cells: int, device: torch.device | str = "cpu") -> Tensor:
-    """The pixel in the middle of each of the cells that a line of pixels is divided into, int64 [cells]."""
-    return ((torch.arange(cells, device=device) + 0.5) * pixels / cells).long()
-
-
-def write_subclasses(folder: Path, cells: list[tuple[Tensor, Tensor]], data: Data, config: Config, key: dict, device: torch.device) -> dict:
-    """Cluster the cells of each class; write the maps, subclasses.png and at last subclasses.json, whose content is returned."""
-    shutil.rmtree(folder, ignore_errors=True)
-    features = torch.cat([feature.flatten(0, 1) for feature, _ in cells])
-    labels = torch.cat([label.flatten() for _, label in cells]).long()
-    pixels = torch.bincount(labels, minlength=IGNORE + 1)[: data.info.num_classes]
-    require(bool(pixels.any()), "no cell of the labeled images has a label: there is nothing to cluster")
-    counts = subclass_counts(pixels, config.max_subclasses)
-    parent_of = torch.arange(len(counts)).repeat_interleave(counts)
-    smallest = int(pixels[pixels > 0].min())
-    wanted = int(subclass_counts(pixels, int(pixels.sum()) + len(pixels)).sum())
-    if wanted > config.max_subclasses:
-        print(f"stage 2: the smallest class has {smallest} of {int(pixels.sum())} cells; clusters of its size would be {wanted} in all. They are "
-              f"made larger, so that there are {len(parent_of)} (--max-subclasses {config.max_subclasses})", flush=True)
-    before = time.monotonic()
-    subclass = cluster_cells(features.to(device), labels.to(device), counts, config).cpu()
-    clustering = round(time.monotonic() - before, 2)
-    sizes = torch.bincount(subclass, minlength=IGNORE + 1)[: len(parent_of)]
-    known = subclass != IGNORE
-    centroids = means(features[known], subclass[known], torch.full((len(parent_of), features.shape[1]), 1e4))  # empty ones: far away
-    shown, of_maps, palette = [], torch.zeros(IGNORE + 1, dtype=torch.long), subclass_palette(parent_of, data.info.palette)
-    for (feature, label), own, sample in zip(cells, subclass.split([label.numel() for _, label in cells]), data.labeled):
-        item = EvaluationSet([sample], data.root, len(counts))[0]
-        map_ = subclass_map(feature, own.view(label.shape), centroids, parent_of, item["label"])
-        save_indexed_png(map_, palette, folder / f"{sample.name}.png")
-        of_maps += torch.from_numpy(np.bincount(map_.ravel(), minlength=IGNORE + 1))
-        if len(shown) < 6:
-            shown.append((item["image"].numpy(), item["label"].numpy(), colorize(map_, palette)))
-    sample_grid(shown, data.info.classes, data.info.palette, folder / "subclasses.png", ("image", "label", "subclasses"))
-    record = {"key": key, "parent_of": parent_of.tolist(), "subclasses": counts.tolist(), "cells": pixels.tolist(), "sizes": sizes.tolist(),
-              "cbr_classes": class_balance_rate(pixels), "cbr_subclasses": class_balance_rate(sizes),
-              "cbr_maps": class_balance_rate(of_maps[: len(parent_of)]), "clustering_seconds": clustering,
-              "maps": sha256_of_maps(folder, data)}
-    write_json(folder / "subclasses.json", record)
-    print(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} subclasses in {clustering:.1f} s; class "
-          f"balance rate {100 * record['cbr_classes']:.1f} % -> {100 * record['cbr_subclasses']:.1f} %", flush=True)
-    return record
-
-
-def cluster_cells(features: Tensor, labels: Tensor, counts: Tensor, config: Config) -> Tensor:
-    """Subclass of each cell, int64 [N], for its features [N, D] and label [N]; 255 where there is none. counts [C]: `subclass_counts`."""
-    cluster = balanced_kmeans if config.clustering == "balanced" else kmeans
-    subclass, first = torch.full_like(labels, IGNORE), 0
-    for label, count in enumerate(counts.tolist()):
-        chosen = (labels == label).nonzero().squeeze(1)
-        if len(chosen):
-            subclass[chosen] = first + (cluster(features[chosen], count, config.seed) if count > 1 else 0)
-        first += count
-    return subclass
-
-
-def subclass_map(features: Tensor, subclass: Tensor, centroids: Tensor, parent_of: Tensor, label: Tensor) -> np.ndarray:
-    """Subclasses of an image's pixels, uint8 [H, W], which divide the classes of its label map [H, W]; 255 stays 255.
-
-    A pixel has the subclass of its cell (`subclass` [h, w]) or, where the cell is of another class, the subclass of its own class
-    whose centroid is nearest to the cell's features [h, w, D].
-    """
-    distance = torch.cdist(features.flatten(0, 1).float(), centroids)
-    by_class = torch.stack([distance.masked_fill(parent_of != parent, torch.inf).argmin(dim=1) for parent in range(int(parent_of.max()) + 1)], dim=1)
-    own = subclass.flatten()
-    known = own != IGNORE
-    by_class[known, parent_of[own[known]]] = own[known]
-    rows, columns = ((torch.arange(pixels) * cells // pixels) for pixels, cells in zip(label.shape, subclass.shape))
-    cell = rows[:, None] * subclass.shape[1] + columns
-    found = by_class[cell, label.long().clamp(max=by_class.shape[1] - 1)]
-    return torch.where(label == IGNORE, IGNORE, found).byte().numpy()
-
-
-def subclass_palette(parent_of: Tensor, palette) -> list[tuple[int, int, int]]:
-    """A colour for each subclass: its class's, lighter or darker and with a tint of its own."""
-    random = np.random.default_rng(0)
-    return [tuple(np.clip(0.6 * np.array(palette[parent]) + 0.4 * random.integers(0, 256, 3), 0, 255).astype(int).tolist()) for parent in parent_of]
-
-
-# ================================================================ training
-
-
-def train(config: Config) -> dict:
-    """All stages that `config.model` needs; returns the last evaluation."""
-    context = runtime.start(config.device)
-    data = load_data(config, context)
-    on = MODELS[config.model]
-    fill_from_recipe(config, "usrn", data, context, 2 if "OST" in on else 1)
-    require(0 <= config.threshold < 1, f"--threshold must lie in [0, 1), not {config.threshold}")
-    require(0 <= config.pool <= config.crop // 16, f"--pool must lie in [0, crop / 16], not {config.pool}")  # a few cells at least
-    per_part = config.batch_size // (context.world_size * config.grad_accum)
-    require(per_part > 1 or context.device.type == "cuda" and context.world_size > 1, f"--batch-size {config.batch_size} leaves one labeled "
-            f"(or strong) image a rank and part: batch norm needs two")
-    if config.max_subclasses is None:
-        config.max_subclasses = min(max(data.info.num_classes, len(data.labeled)), MOST_SUBCLASSES)
-    require(data.info.num_classes <= config.max_subclasses <= MOST_SUBCLASSES, f"--max-subclasses takes {data.info.num_classes} (the classes "
-            f"of {data.info.name}) to {MOST_SUBCLASSES}, not {config.max_subclasses}")
-    require("OST" not in on or bool(data.unlabeled), "no unlabeled image is left: add --model baseline or I")
-    require(config.supervised_iterations is None or config.supervised_iterations >= 1, "--supervised-iterations must be at least 1")
-    if config.supervised_iterations is None:
-        config.supervised_iterations = max(1, config.iterations // 4)
-    names = [sample.name for sample in data.labeled]
-    require("MSL" not in on or len({*names, "subclasses"}) == len(names) + 1, "two labeled images have the same file name, or one is called "
-            "subclasses: their subclass maps would be one file")
-    retrain, config.retrain = config.retrain, False
-    labeled = sha256_of_labeled(data)
-    problem, subclasses = earlier_run(config, data, labeled, context)  # before hours are spent on stages that it could not go on from
-    require(problem is None or retrain, problem)
-    if "MSL" in on and subclasses is None:
-        subclasses = cluster_labels(train_supervised(config, data, context, labeled), data, config, context, labeled)
-        problem = problem or "its subclasses are no longer there"
-    if retrain and problem and context.is_main:
-        for name in ("latest.pt", "best.pt", "results.json", "metrics.jsonl"):
-            (Path(config.output) / name).unlink(missing_ok=True)
-    runtime.barrier()
-    return train_stage(config, data, context, subclasses)[1]
-
-
-def earlier_run(config: Config, data: Data, labeled: str, context: Context) -> tuple[str | None, Subclasses | None]:
-    """Why this run cannot go on from the latest.pt of its folder (None: it can, or there is none), and the subclasses of that if
-    their maps are still there: then stages 1 and 2 are not needed any more."""
-    latest, maps = Path(config.output) / "latest.pt", Path(config.output) / "subclasses"
-    if not latest.is_file():
-        return None, None
-    checkpoint = read_checkpoint(latest)
-    try:
-        check_options(checkpoint, "usrn", config, latest.parent, "choose another --output, or --retrain to delete it")
-    except runtime.UserError as error:
-        return str(error), None
-    kept = checkpoint.get("subclasses")
-    if kept is None:
-        return None, None
-    if kept["labeled"] != labeled:
-        return f"the labeled images are not those that {latest} was trained with: choose another --output, or --retrain to delete it", None
-    if sha256_of_maps(maps, data) != kept["maps"]:
-        return None, None
-    if context.is_main:
-        print(f"stage 2: {len(kept['parent_of'])} subclasses from {maps}", flush=True)
-    return None, Subclasses(kept["parent_of"], maps, labeled, kept["maps"])
-
-
-def train_supervised(config: Config, data: Data, context: Context, labeled: str) -> nn.Module:
-    """Stage 1: F trained on labeled images, in the folder supervised/; what lies there is used if it is what would be made."""
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainingOptions)}
-    own = Config(**{**shared, "output": str(Path(config.output) / "supervised"), "iterations": config.supervised_iterations, "model": "baseline", "architecture": config.architecture})
-    own.eval_every, own.save_every = own.iterations, min(config.save_every, own.iterations)
-    folder = Path(own.output)
-    options = {name: value for name, value in dataclasses.asdict(own).items() if name not in RESUMABLE or name == "weights"}
-    key = {"images_and_masks": labeled, "options": options}
-    if context.is_main:
-        try:
-            same = json.loads((folder / "stage.json").read_text()) == json.loads(json.dumps(key))
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            build_model(own, data.info.num_classes)  # fails where weights cannot be had, before anything is deleted
-            if folder.exists():
-                print(f"stage 1: {folder} was made with other options or labels; it is made anew", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            write_json(folder / "stage.json", key)
-    runtime.barrier()
-    return train_stage(own, data, context, None)[0]
-
-
-def make_views(part: dict[str, Tensor], config: Config, blur: tuple[float, float], parent_of: Tensor | None, cells: tuple[int, int] | None) -> dict[str, Tensor]:
-    """Weak crops as the loader gives them -> everything a step needs that does not depend on the network.
-
-    Masks of unlabeled images are taken at the middle of the cells [h, w] that their losses are computed at.
-    """
-    views = {"labeled": augment.normalize(part["labeled"]), "label": part["label"]}
-    if parent_of is not None:  # the masks are subclass maps
-        views["subclass"] = part["label"]
-        parents = torch.cat([parent_of, parent_of.new_full((IGNORE + 1 - len(parent_of),), IGNORE)])
-        views["label"] = parents[part["label"].long()].byte()
-    if "OST" in MODELS[config.model]:
-        weak = augment.to_float(part["unlabeled"])
-        views |= {"weak": augment.normalize(weak), "strong": augment.normalize(augment.strong_augment(weak, blur_sigma=blur))}
-        rows, columns = (cell_centres(config.crop, count, weak.device) for count in cells)
-        views |= {name: part[name][:, rows][:, :, columns] for name in ("valid", "truth") if name in part}
+def make_views(batch: dict[str, Tensor], blur: tuple[float, float],
+               parent_of: Tensor | None) -> dict[str, Tensor]:
+    """Weak crops, uint8 -> normalised views; with `parent_of` [K], labels are of subclasses."""
+    views = {**batch, "labeled": normalize(batch["labeled"])}
+    if parent_of is not None:
+        parents = F.pad(parent_of, (0, IGNORE + 1 - len(parent_of)), value=IGNORE)
+        views["subclass"], views["label"] = batch["label"], parents[batch["label"].long()].byte()
+    if "unlabeled" in batch:
+        weak = to_float(batch["unlabeled"])
+        views["weak"] = normalize(weak)
+        views["strong"] = normalize(strong_augment(weak, blur_sigma=blur))
     return views
 
 
-def train_stage(config: Config, data: Data, context: Context, subclasses: Subclasses | None) -> tuple[nn.Module, dict]:
-    """Stage 1 (model "baseline") or 3: train, evaluate and save; returns the trained F and its last evaluation."""
-    on = MODELS[config.model]
-    images_per_label = 2 if "OST" in on else 1
-    runtime.seed_everything(config.seed)
-    model = build_model(config, data.info.num_classes)
-    subclass_model = build_model(config, len(subclasses.parent_of)) if subclasses else None
-    both = USRN(model, subclass_model, config.share, config.pool)
-    cells = cells_of(both, config.crop) if "OST" in on else None
-    network = runtime.wrap(both, config, context)
-    groups = [group for part in (model, subclass_model) if part for group in part.parameter_groups(config.lr, config.head_lr_multiplier)]
-    optimizer = torch.optim.SGD([group for group in groups if group["params"]], momentum=config.momentum, weight_decay=config.weight_decay)
-    state = {"model": model, "optimizer": optimizer}
-    if subclasses:
-        state |= {"subclass_model": subclass_model, "subclasses": subclasses}
-    if config.ema_decay:
-        state["ema"] = runtime.WeightAverage(model, config.ema_decay)
-    runtime.seed_everything(config.seed + 1000 * context.rank)  # ranks augment differently
-
-    run = Run("usrn", config, context, state, images_per_step=config.batch_size * images_per_label)
-    start = run.begin()
-    labeled_pixels = class_pixels(data)
-    labels = subclasses.labels(data) if subclasses else data
-    parent_of = torch.tensor(subclasses.parent_of, device=context.device) if subclasses else None
-    loader = training_loader(labels, config, context, start, config.iterations, unlabeled="OST" in on)
-
-    for iteration, batch in enumerate(loader, start):
-        runtime.poly_lr(optimizer, iteration, config.iterations)
-        parts = [make_views(part, config, data.info.blur, parent_of, cells) for part in runtime.split_batch(batch, config.grad_accum, context.device)]
-        counts = pixel_counts(parts)
-        logged = {}
-        for number, views in enumerate(parts):
-            last = number == len(parts) - 1
-            with runtime.no_sync_unless(last, network), runtime.autocast(config, context.device):
-                loss, terms = usrn_loss(network, views, counts, parent_of, config)
-            with runtime.no_sync_unless(last, network):
-                loss.backward()
-            logged = {name: value.detach() + logged.get(name, 0.0) for name, value in terms.items()}
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if config.ema_decay:
-            state["ema"].update(iteration)
-
-        run.log(iteration, logged, slow=report)
-        if run.should_evaluate(iteration):
-            predict = predictor(run.evaluated_model, config)
-            run.note_results(iteration, run.evaluate(predict, data, getattr(data, config.eval_split), labeled_pixels))
-        run.end_of_step(iteration)
-
-    run.write_samples(predictor(run.evaluated_model, config), data)
-    run.release_signals()
-    return run.evaluated_model, run.last
+def at_cells(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, H, W] -> [B, h, w]: the values in the middle of each cell of a grid of `size`."""
+    rows, columns = (((torch.arange(cells, device=mask.device) + 0.5) * pixels / cells).long()
+                     for pixels, cells in zip(mask.shape[1:], size))
+    return mask[:, rows][:, :, columns]
 
 
-@torch.no_grad()
-def cells_of(both: USRN, crop: int) -> tuple[int, int]:
-    """Height and width at which the unlabeled losses of a crop are computed."""
-    both.eval()
-    logits = both(torch.zeros(1, 3, crop, crop), cells=1)[1]
-    both.train()
-    return tuple(logits.shape[2:])
+def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | None,
+              threshold: float, compare: str, lambda_sub: float, lambda_u: float,
+              ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """One step through Eq. 2-8 with these `parts` of Table 3: (loss, terms for the log)."""
+    size = len(views["labeled"])
+    images, cells, subclasses = views["labeled"], 0, size if "MSL" in parts else 0
+    if "OST" in parts:
+        images, cells = torch.cat([images, views["weak"]]), size
+        subclasses += size if "USR" in parts else 0
+    logits, logits_weak, sub_logits, sub_logits_weak = network(images, cells, subclasses)
+    if "OST" in parts:  # batch norm sees labeled and weak images together, strong ones apart
+        subclasses = size if "SST" in parts else 0
+        _, logits_strong, _, sub_logits_strong = network(views["strong"], size, subclasses)
 
-
-def usrn_loss(network, views: dict, counts: dict, parent_of: Tensor | None, config: Config) -> tuple[Tensor, dict]:
-    """One part of a batch through Eq. 2-8: (loss, terms for the log)."""
-    on = MODELS[config.model]
-    labeled = len(views["labeled"])
-    if "OST" not in on:
-        logits, _, sub_logits, _ = network(views["labeled"], subclasses=labeled if "MSL" in on else 0)
-    else:
-        unlabeled = len(views["weak"])
-        of_subclasses = (labeled + unlabeled if "USR" in on else labeled) if "MSL" in on else 0
-        logits, logits_weak, sub_logits, sub_logits_weak = network(torch.cat([views["labeled"], views["weak"]]), unlabeled, of_subclasses)
-        _, logits_strong, _, sub_logits_strong = network(views["strong"], unlabeled, unlabeled if "SST" in on else 0)
-        with torch.no_grad():
-            probs = logits_weak.softmax(dim=1)
-            if "USR" in on:
-                sub_probs = sub_logits_weak.softmax(dim=1)
-                gate = entropy_gate(probs, sub_probs, parent_of, config.gate) if "EGM" in on else torch.ones_like(views["valid"])
-                regularized = regularize(probs, sub_probs, parent_of, gate)  # Eq. 4, 6
-            else:
-                regularized = probs
-            pseudo_label, used = select(regularized, config.threshold)
-            used = used & views["valid"]
-
-    loss = loss_sup = supervised_loss(logits, views["label"], config.ohem) / counts["label"]  # Eq. 2
+    loss = loss_sup = supervised_loss(logits, views["label"], ohem)
     terms = {"loss_sup": loss_sup}
-    if "MSL" in on:
-        terms["loss_sup_sub"] = supervised_loss(sub_logits, views["subclass"]) / counts["label"]
-        loss = loss + config.lambda_sub * terms["loss_sup_sub"]
-    if "OST" in on:
-        terms["loss_unsup"] = self_training_loss(logits_strong, pseudo_label, used) / counts["valid"]  # Eq. 4 or 7
-        loss = loss + config.lambda_u * terms["loss_unsup"]
-        terms["used"] = used.sum() / counts["valid"]
-    if "USR" in on:
-        vetoed = select(probs, config.threshold)[1] & views["valid"] & ~used
-        terms |= {"gate": (gate & views["valid"]).sum() / counts["valid"], "vetoed": vetoed.sum() / counts["valid"]}
-    if "SST" in on:
-        sub_label, sub_used = select(sub_probs, config.threshold)
-        sub_used = sub_used & views["valid"]
-        terms["loss_unsup_sub"] = self_training_loss(sub_logits_strong, sub_label, sub_used) / counts["valid"]  # Eq. 5
-        loss = loss + config.lambda_u * config.lambda_sub * terms["loss_unsup_sub"]  # Eq. 8
-        terms["used_sub"] = sub_used.sum() / counts["valid"]
+    if "MSL" in parts:
+        terms["loss_sup_sub"] = supervised_loss(sub_logits, views["subclass"])
+        loss = loss + lambda_sub * terms["loss_sup_sub"]  # Eq. 2
+    if "OST" not in parts:
+        return loss, {"loss": loss, **terms}
+
+    with torch.no_grad():
+        valid = at_cells(views["valid"], logits_weak.shape[2:])
+        pixels = mean_over_ranks(valid.sum())
+        probs = regularized = logits_weak.softmax(dim=1)
+        own_label, confident = select(probs, threshold)
+        if "USR" in parts:
+            sub_probs, gate = sub_logits_weak.softmax(dim=1), torch.ones_like(valid)
+            if "EGM" in parts:
+                gate = entropy_gate(probs, sub_probs, parent_of, compare)
+            regularized = regularize(probs, sub_probs, parent_of, gate)  # Eq. 4, 6
+        # Where the gate is closed: F's own pseudo label (the paper says no back-propagation).
+        pseudo_label, used = select(regularized, threshold)
+        used, vetoed = used & valid, confident & valid & ~used
+    terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, valid)  # Eq. 4, 7
+    loss = loss + lambda_u * terms["loss_unsup"]
+    terms["used"] = used.sum() / pixels
+    if "USR" in parts:
+        terms |= {"gate": (gate & valid).sum() / pixels, "vetoed": vetoed.sum() / pixels}
+    if "SST" in parts:
+        sub_label, sub_used = select(sub_probs, threshold)
+        sub_used = sub_used & valid
+        terms["loss_unsup_sub"] = weighted_loss(sub_logits_strong, sub_label, sub_used, valid)
+        loss = loss + lambda_u * lambda_sub * terms["loss_unsup_sub"]  # Eq. 5, 8
+        terms["used_sub"] = sub_used.sum() / pixels
     if "truth" in views:  # for the log only
-        known = views["truth"] != IGNORE
-        right = pseudo_label == views["truth"]
-        terms |= {"used_known": (used & known).sum(), "used_right": (used & known & right).sum()}
-        if "USR" in on:
-            terms |= {"vetoed_known": (vetoed & known).sum(), "vetoed_right": (vetoed & known & (probs.argmax(dim=1) == views["truth"])).sum()}
+        truth = at_cells(views["truth"], logits_weak.shape[2:])
+        for name, label, chosen in (("used", pseudo_label, used), ("vetoed", own_label, vetoed)):
+            known = chosen & (truth != IGNORE)
+            right = known & (label == truth)
+            terms[f"{name}_accuracy"] = right.sum() / known.sum().clamp(min=1)
     return loss, {"loss": loss, **terms}
 
 
-def report(means: dict[str, float]) -> dict[str, float]:
-    """For the log: how many used pseudo labels are right, and how many of those that F_sub vetoed."""
-    return {f"{name}_accuracy": round(means[f"{name}_right"] / means[f"{name}_known"], 5) for name in ("used", "vetoed") if means.get(f"{name}_known")}
+# ---------------------------------------------------------------- balanced k-means
+
+BLOCK = 16384  # points of which float32 copies are made at once
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """F, which is all that inference needs."""
-    return ARCHITECTURES[config.architecture](config.backbone, num_classes, config.weights)
+@torch.no_grad()
+def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=True) -> Tensor:
+    """[N, D] on the CPU -> clusters int64 [N], whose sizes differ by at most one if `balanced`.
+
+    Lloyd's, on every 256th point or so until it settles, then on four times as many, up to all.
+    """
+    centroids = spread_centroids(features, num_clusters, torch.Generator().manual_seed(seed))
+    price = torch.zeros(num_clusters)
+    enough = max(2048, 128 * num_clusters)
+    strides = [stride for stride in (256, 64, 16, 4) if len(features) // stride >= enough] + [1]
+    for stride in strides:
+        points, before = features[::stride], math.inf
+        for _ in range(30 if stride == strides[0] else 2):
+            cost = squared_distances(points, centroids)
+            assignment = cost.argmin(dim=1)
+            if balanced:
+                assignment, price = balanced_assignment(cost, price)
+            now = cost.gather(1, assignment[:, None]).sum(dtype=torch.float64)
+            old, centroids = centroids, cluster_means(points, assignment, centroids)
+            sizes = torch.bincount(assignment, minlength=num_clusters)
+            now = now - (sizes * (centroids - old).square().sum(dim=1)).sum()  # to the new ones
+            del cost  # before there is another: it may be large
+            if before - now <= 1e-4 * now:
+                break
+            before = now
+    return assignment
 
 
-def predictor(model: nn.Module, config: Config):
-    """images [B, 3, H, W], normalised -> logits [B, C, H, W]."""
-    return model.eval()
+def spread_centroids(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii, 2007): points, drawn by squared distance to others."""
+    some = torch.randperm(len(features), generator=generator)[: max(64 * num_clusters, 2048)]
+    sample = features[some].float()
+    drawn = torch.randint(len(sample), (1,), generator=generator)
+    centroids, distance = sample[drawn], torch.tensor(math.inf)
+    while len(centroids) < num_clusters:
+        distance = torch.minimum(distance, (sample - centroids[-1]).square().sum(dim=1))
+        weights = distance.double() + 1e-30  # all may be taken
+        drawn = torch.multinomial(weights, 1, generator=generator)
+        centroids = torch.cat([centroids, sample[drawn]])
+    return centroids
 
 
-def main() -> None:
-    train(parse(Config, description=__doc__))
+def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    """[N, D], [K, D] -> float32 [N, K]."""
+    middle = centroids.mean(dim=0)  # far from the origin, rounding would hide distances
+    distances = centroids.new_empty(len(points), len(centroids))
+    for block, rows in zip(points.split(BLOCK), distances.split(BLOCK)):
+        rows.copy_(torch.cdist(block.float() - middle, centroids - middle).square_())
+    return distances
+
+
+def cluster_means(points: Tensor, assignment: Tensor, centroids: Tensor) -> Tensor:
+    """The mean of each cluster's points, [K, D]; of one without points the old centroid."""
+    sums = torch.zeros_like(centroids)
+    for block, clusters in zip(points.split(BLOCK), assignment.split(BLOCK)):
+        sums.index_add_(0, clusters, block.float())
+    sizes = torch.bincount(assignment, minlength=len(centroids)).unsqueeze(1)
+    return torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
+
+
+def preference(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+    """The cluster of least cost + price, int64 [N], and by how much it is the best, [N]."""
+    parts = [(rows + price).topk(min(2, len(price)), largest=False) for rows in cost.split(BLOCK)]
+    values, clusters = (torch.cat(blocks) for blocks in zip(*parts))
+    return clusters[:, 0], values[:, -1] - values[:, 0]
+
+
+def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
+    """Clusters int64 [N], N / K points each (rounded), at the least sum of cost [N, K]; prices [K].
+
+    Exact by duality: where all points are in the cluster of their least cost + price, no assignment
+    of such sizes costs less. Start from a guess of the prices; the least decided points move until
+    sizes are right, which gives new prices. If the other points disagree with these, go on.
+    """
+    points, clusters = cost.shape
+    nearest, margin = preference(cost, price)
+    uneven = (torch.bincount(nearest, minlength=clusters) - points / clusters).abs().sum()
+    if points > 16 * clusters and uneven > (points * clusters) ** 0.5:
+        price = balanced_assignment(cost[::4], price)[1]  # a better guess
+        nearest, margin = preference(cost, price)
+    agreed, count = False, 0
+    while not agreed:
+        vacant = np.zeros(clusters, bool)  # where a place stays empty, if K does not divide N
+        vacant[price.argsort()[: -points % clusters].numpy()] = True
+        sizes = torch.bincount(nearest, minlength=clusters).numpy()
+        excess = sizes + vacant - -(-points // clusters)
+        count = 2 * count or 8 * int(np.abs(excess).sum()) + 16 * clusters
+        free = margin.topk(min(count, points), largest=False).indices
+        moved, price, even = move_points(
+            cost[free].numpy(), nearest[free].numpy(), price.double().numpy(), excess, vacant)
+        assignment = nearest.index_put((free,), torch.from_numpy(moved))
+        price = torch.from_numpy(price).to(cost.dtype)
+        nearest, margin = preference(cost, price)
+        agreed = even and bool((nearest == assignment).index_fill(0, free, True).all())
+    return assignment, price
+
+
+def move_points(cost: np.ndarray, cluster: np.ndarray, price: np.ndarray, excess: np.ndarray,
+                vacant: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Successive shortest paths (Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7).
+
+    Nodes are clusters; an edge a -> b is the point of a whose move to b costs least, or the vacant
+    place of a, which moves at no cost: a cluster has one at most. cost [n, K] and cluster [n] are
+    of the points that may move, excess [K] of all. Returns the new clusters, prices [K] at which
+    they are preferred, and whether no excess is left.
+    """
+    clusters = len(price)
+    cluster, excess, vacant = cluster.copy(), excess.copy(), vacant.copy()
+    edge, mover = np.full((clusters, clusters), np.inf), np.zeros((clusters, clusters), int)
+    touched = set(range(clusters))
+    while touched:
+        for node in touched:
+            members = np.flatnonzero(cluster == node)
+            edge[node] = np.inf
+            if len(members):
+                extra = cost[members] - cost[members, node, None]
+                edge[node], mover[node] = extra.min(axis=0), members[extra.argmin(axis=0)]
+        length = np.where(vacant[:, None] & ~vacant, np.minimum(edge, 0), edge)
+        reduced = np.maximum(length + price - price[:, None], 0)  # less by rounding only
+        distance, before = shortest_paths(reduced, np.where(excess > 0, 0.0, np.inf))
+        reached = np.isfinite(distance)
+        price = price - np.minimum(distance, distance[reached].max(initial=0))
+        touched = set()
+        for target in np.flatnonzero((excess < 0) & reached):
+            path = [target]
+            while before[path[-1]] >= 0:
+                path.append(before[path[-1]])
+            if touched.isdisjoint(path):  # all is as it was when paths were searched
+                touched.update(path)
+                excess[path[-1]] -= 1
+                excess[target] += 1
+                for a, b in zip(path[1:], path):
+                    if edge[a, b] <= length[a, b]:
+                        cluster[mover[a, b]] = b
+                    else:
+                        vacant[a], vacant[b] = False, True
+    return cluster, price, not excess.any()
+
+
+def shortest_paths(length: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bellman-Ford: edges [K, K] >= 0, distances at the start -> distances, predecessors or -1."""
+    distance, before, nodes = start, np.full(len(start), -1), np.arange(len(start))
+    while True:
+        through = distance[:, None] + length
+        best = through.argmin(axis=0)
+        shorter = through[best, nodes] < distance
+        if not shorter.any():
+            return distance, before
+        distance = np.where(shorter, through[best, nodes], distance)
+        before = np.where(shorter, best, before)
+
+
+# ---------------------------------------------------------------- stage 2: subclasses
+
+
+def class_balance_rate(counts: Tensor) -> float:
+    """CBR of Eq. 9 for the pixels of each class [C], in [0, 1]; nan where it is 0 / 0."""
+    counts = counts.double()
+    worst = counts.sum() * (len(counts) - 1) ** 0.5 / len(counts)  # the deviation of (N, 0, ..., 0)
+    return float(1 - counts.std(correction=0) / worst)
+
+
+def subclass_counts(pixels: Tensor, most: int) -> Tensor:
+    """Subclasses of each class: pixels [C] -> int64 [C], at least 1.
+
+    So many clusters of the size of the smallest class; larger ones, by as little as is enough,
+    where these would be more than `most`.
+    """
+    size = int(pixels[pixels > 0].min())
+    while True:
+        counts = (pixels.double() / size).round().clamp(min=1).long()
+        if counts.sum() <= most:
+            return counts
+        size += 1
+
+
+@torch.inference_mode()
+def extract_features(model: nn.Module, data: Data, device: torch.device) -> tuple:
+    """Of the cells of all labeled images: features float16 [N, D], labels [N]; each image's (h, w).
+
+    A cell is a mean of 2 x 2 features (PSPNet: one): stride 8 with ResNets.
+    """
+    model.eval()
+    torch.backends.cudnn.benchmark = False  # it would start anew for every size
+    features, labels, grids = [], [], []
+    for item in EvaluationSet(data.labeled, data.root, data.info.num_classes):
+        z = model.features(normalize(item["image"][None].to(device)))
+        z = F.avg_pool2d(z, model.cell, ceil_mode=True)[0]  # [D, h, w]
+        grids.append(z.shape[1:])
+        features.append(z.flatten(1).T.clamp(-65504, 65504).half().cpu())
+        labels.append(at_cells(item["label"][None], z.shape[1:]).flatten())
+    torch.backends.cudnn.benchmark = True
+    return torch.cat(features), torch.cat(labels).long(), grids
+
+
+def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: torch.device,
+                    balanced: bool, most: int, seed: int) -> dict:
+    """Stage 2: write the labeled images' subclass maps; returns what subclasses.json says of them.
+
+    A pixel has the subclass of its cell or, where that is of another class, the subclass of its own
+    class whose centroid is nearest to the cell's features: subclasses divide label maps exactly.
+    """
+    features, labels, grids = extract_features(model, data, device)
+    pixels = torch.bincount(labels, minlength=IGNORE + 1)[: data.info.num_classes]
+    require(bool(pixels.any()), "no cell of the labeled images has a label: nothing to cluster")
+    counts, began = subclass_counts(pixels, most), time.monotonic()
+    parent_of = torch.arange(len(counts)).repeat_interleave(counts)
+    sizes = torch.zeros(len(parent_of), dtype=torch.long)
+    table = torch.zeros(len(labels), len(counts), dtype=torch.uint8)  # [cell, class of the pixel]
+    for parent, count in enumerate(counts.tolist()):
+        first, members = int(counts[:parent].sum()), (labels == parent).nonzero().flatten()
+        table[:, parent] = first
+        if len(members):
+            own = features[members]
+            clusters = balanced_kmeans(own, count, seed, balanced)
+            far_away = torch.full((count, own.shape[1]), 1e4)  # of those without a cell
+            centroids = cluster_means(own, clusters, far_away)
+            table[:, parent] += squared_distances(features, centroids).argmin(dim=1).byte()
+            table[members, parent] = (first + clusters).byte()
+            sizes[first : first + count] = torch.bincount(clusters, minlength=count)
+    seconds = round(time.monotonic() - began, 1)
+
+    tables, rows = table.split([h * w for h, w in grids]), []
+    images = EvaluationSet(data.labeled, data.root, data.info.num_classes)
+    for item, file, (h, w), of_class in zip(images, files, grids, tables):
+        label, (height, width) = item["label"], item["label"].shape
+        cell = (torch.arange(height) * h // height)[:, None] * w + torch.arange(width) * w // width
+        found = of_class[cell, label.long().clamp(max=len(counts) - 1)]  # [H, W]
+        map_ = torch.where(label == IGNORE, label, found)
+        save_indexed_png(map_, voc_palette(), file)
+        rows.append((item["image"], label, colorize(map_, voc_palette())))
+    picture, captions = files[0].with_name("subclasses.png"), ("image", "label", "subclasses")
+    sample_grid(rows[:6], data.info.classes, data.info.palette, picture, captions)
+    cbr, sub_cbr = class_balance_rate(pixels), class_balance_rate(sizes)
+    say(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} "
+        f"subclasses in {seconds} s; class balance rate {100 * cbr:.1f} % -> {100 * sub_cbr:.1f} %")
+    return {"parent_of": parent_of.tolist(), "cells": pixels.tolist(), "sizes": sizes.tolist(),
+            "cbr_classes": cbr, "cbr_subclasses": sub_cbr, "clustering_seconds": seconds}
+
+
+def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor, Data]:
+    """Stages 1 and 2, or what they left: parents int64 [K], and `data` labeled with subclasses."""
+    folder, steps = Path(config.output) / "subclasses", config.supervised_iterations
+    record = folder / "subclasses.json"  # written last
+    files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
+    own = {field.name: field.default for field in fields(config) if field.name in OF_STAGE_3}
+    own["output"] = str(folder.with_name("supervised"))
+    stage_1 = replace(config, **own, model="baseline", iterations=steps, eval_every=steps)
+    stage_2 = {"clustering": config.clustering, "max_subclasses": config.max_subclasses}
+    options = {**asdict(stage_1), **stage_2}
+    if not all(file.is_file() for file in (record, *files)):
+        model = train(stage_1, data, device)
+        patience = {"backend": "gloo", "timeout": timedelta(days=1)}  # NCCL's is ten minutes
+        group = dist.new_group(**patience) if dist.is_initialized() else None
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            made = make_subclasses(model, data, files, device, config.clustering == "balanced",
+                                   config.max_subclasses, config.seed)
+            write_json(record, {**made, "options": options})
+        if group:
+            dist.barrier(group)
+    with reading(record):
+        made = json.loads(record.read_text())
+        earlier = {"method": "usrn", "config": made["options"]}
+        parent_of = torch.tensor(made["parent_of"])
+    Checkpoint(folder, "usrn", options, {}).check_options(earlier)
+    masks = [str(file.resolve()) for file in files]
+    labeled = [Sample(sample.image, mask) for sample, mask in zip(data.labeled, masks)]
+    info = replace(data.info, classes=tuple(map(str, range(len(parent_of)))))
+    return parent_of.to(device), replace(data, labeled=labeled, info=info)
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | None = None,
+          labels: Data | None = None) -> nn.Module:
+    """Stage 1 ("baseline") and 3, which has subclasses, see `subclasses`; the evaluated F."""
+    parts = MODELS[config.model]
+    torch.manual_seed(config.seed)
+    build = ARCHITECTURES[config.architecture]
+    model, subclass_model = build(config.backbone, data.info.num_classes, config.weights), None
+    if parent_of is not None:
+        subclass_model = build(config.backbone, len(parent_of), config.weights)
+    both = USRN(model, subclass_model, config.share, config.pool)
+    if world_size() > 1 and device.type == "cuda":
+        both = nn.SyncBatchNorm.convert_sync_batchnorm(both)
+    if config.checkpoint_activations:
+        checkpoint_activations(both)
+    both.to(device, memory_format=torch.channels_last)
+    network = torch.compile(both) if config.compile else both
+    if world_size() > 1:
+        network = DDP(network, **KEEP_BUFFERS)
+    groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
+    if subclass_model:
+        groups += subclass_model.parameter_groups(config.lr, config.head_lr_multiplier)
+    groups = [group for group in groups if group["params"]]  # none of an encoder that is shared
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if subclass_model:
+        state["subclass_model"] = subclass_model
+    evaluated = model
+    if config.ema_decay:
+        evaluated = state["ema"] = make_ema(model)
+    torch.manual_seed(config.seed + 1000 * rank())  # ranks augment differently
+    folder = Path(config.output)
+    checkpoint = Checkpoint(folder, "usrn", asdict(config), state)
+    start = checkpoint.load()
+    log = Log(folder, "usrn", start, config.iterations, config.log_every, config.eval_every,
+              config.batch_size * (2 if "OST" in parts else 1), config.tensorboard)
+    stop = StopSignal()
+    loader = training_loader(labels or data, config.crop, config.batch_size, config.seed, start,
+                             config.iterations, device, "OST" in parts, config.num_workers)
+
+    def evaluate_now(step: int) -> None:
+        results = evaluate(evaluated, data, config.eval_split, config.crop, device,
+                           config.num_workers)
+        if log.is_best(results):
+            checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
+        log.evaluation(step, results)
+
+    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
+        evaluate_now(start)
+    for step, batch in enumerate(loader, start + 1):
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        views = make_views(batch, data.info.blur, parent_of)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            loss, terms = usrn_loss(network, views, parts, parent_of, config.threshold, config.gate,
+                                    config.lambda_sub, config.lambda_u, config.ohem)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if config.ema_decay:
+            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))
+
+        if means := log.step(step, terms):
+            log.write(step, means)
+        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
+        if stop.requested(step) or due:
+            checkpoint.save(step)
+        stop.leave_if_requested(step)
+        if log.evaluation_is_due(step):
+            evaluate_now(step)
+
+    stop.release()
+    write_samples(evaluated, data, config.crop, device, folder / "samples.png")
+    return evaluated
+
+
+def run_stages(config: Config) -> None:
+    _, _, device = init_distributed(config.device)
+    data = load_data(config)
+    classes, most = data.info.num_classes, MOST_SUBCLASSES
+    if data.info.embedded:  # smaller clusters are patches of images: Eq. 5 runs away, .docs/usrn.md
+        most = min(max(classes, len(data.labeled)), most)
+    config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
+                           amp=bf16_is_fast(device), output=f"runs/usrn_{data.tag}_{config.seed}",
+                           max_subclasses=most)
+    config = with_defaults(config, supervised_iterations=max(1, config.iterations // 4))
+    parts, folder = MODELS[config.model], Path(config.output)
+    require(classes <= config.max_subclasses, f"--max-subclasses must be >= {classes}, the classes")
+    require("OST" not in parts or bool(data.unlabeled), "no unlabeled image: --model baseline or I")
+    require(config.batch_size > world_size() or device.type == "cuda" and world_size() > 1,
+            "--batch-size leaves a rank one image: batch norm needs two")
+    with main_first():
+        if config.retrain and rank() == 0:
+            for name in ("supervised", "subclasses"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("latest.pt", "best.pt", "results.json", "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+    config = replace(config, retrain=False)
+    stage_2 = subclasses(config, data, device) if "MSL" in parts else ()
+    train(config, data, device, *stage_2)
+
+
+def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
+    """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
+    build = ARCHITECTURES[config["architecture"]]
+    model = build(config["backbone"], num_classes, random_weights_like(state))
+    return load_strictly(model, state, "the checkpoint's weights")
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    run_main(lambda: run_stages(parse(Config, description=__doc__)))

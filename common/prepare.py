@@ -1,0 +1,302 @@
+"""Data sets as their owners give them out, made into what training reads, once.
+
+    python -m common.prepare coco --root data/coco                  # annotations/ -> masks/
+    python -m common.prepare sbd --root data/pascal --download      # -> SegmentationClassAug/
+    python -m common.prepare lucchi --root data/lucchi              # TIFF stacks -> VOC's layout
+    python -m common.prepare acdc --root data/acdc --source ACDC    # -> volumes/ and lists/
+    python -m common.prepare mscmrseg | prostate ...                # likewise
+
+A mask or volume that is there is kept, so the same command goes on where it was stopped; delete a
+file to have it made again. Lists come last: a folder with lists is whole. The packages pycocotools,
+scipy, h5py and nibabel are imported inside `reading`, whose message then names a missing one.
+"""
+
+import glob
+import gzip
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+from torchvision.datasets import SBDataset
+
+from common.augment import IGNORE
+from common.data import DATASETS, published_list, published_lists, voc_folder
+from common.figures import save_png
+from common.medical import Volume, min_max, write_volume
+from common.runtime import Parser, reading, require, run_main, write_atomically
+
+
+def with_progress(items: Sequence, what: str) -> Iterator:
+    """The items; prints a line after every tenth of them."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number * 10 // len(items) > (number - 1) * 10 // len(items):
+            print(f"{what}: {number} of {len(items)}", flush=True)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Sorted, also in linked folders, but no hidden ones: macOS leaves a ._ double of each file."""
+    require(folder.is_dir(), f"no folder {folder}")
+    return [folder / name for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True))]
+
+
+def write_list(path: Path, lines: list[str]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def prepare_coco(source: Path, root: Path) -> None:
+    """annotations/instances_{train,val}2017.json -> masks/{train,val}2017/<id>.png, 8-bit grey.
+
+    0 is background, 1 to 80 are the categories in the order of their ids.
+    """
+    for split in ("train2017", "val2017"):
+        path = source / "annotations" / f"instances_{split}.json"
+        with reading(path):
+            from pycocotools.coco import COCO
+
+            coco = COCO(path)
+            ids = sorted(coco.cats)
+            names = tuple(coco.cats[number]["name"] for number in ids)
+            require(names == DATASETS["coco"].classes[1:], f"{path}: not COCO's 80 categories")
+        for image in with_progress(coco.dataset["images"], f"masks of {split}"):
+            mask = root / "masks" / split / f"{image['id']:012}.png"
+            if not mask.is_file():
+                with reading(path):
+                    label = label_map(coco, image, ids)
+                save_png(Image.fromarray(label), mask)
+
+
+def label_map(coco, image: dict, ids: list[int]) -> np.ndarray:
+    """uint8 [H, W]: crowd regions, above them the instances from the largest to the smallest.
+
+    So the table does not hide the cake. Nothing is published on how the benchmark's masks were
+    made: compare methods on one kind of them. `ids`: the categories in order of their class.
+    """
+    regions = []
+    for annotation in coco.imgToAnns[image["id"]]:
+        region = coco.annToMask(annotation).astype(bool)
+        order = (not annotation["iscrowd"], -region.sum())
+        regions.append((order, 1 + ids.index(annotation["category_id"]), region))
+    label = np.zeros((image["height"], image["width"]), np.uint8)
+    for _, index, region in sorted(regions, key=lambda entry: entry[0]):
+        label[region] = index
+    return label
+
+
+def prepare_sbd(source: Path, root: Path, download: bool) -> None:
+    """cls/<id>.mat, anywhere below `source` -> SegmentationClassAug/<id>.png, in VOC 2012's folder.
+
+    VOC has masks of 1,464 training images; the other 9,118 of the field's 10,582 are SBD's, which
+    have no ignored border. Images with a mask of VOC's get no second one.
+    """
+    voc, target = voc_folder(root), root / "SBD"
+    require((voc / "JPEGImages").is_dir(), f"no JPEGImages below {root}: --root takes VOC 2012")
+    if download and not (target / "cls").is_dir():
+        with reading(SBDataset.url):
+            SBDataset(str(target), mode="segmentation", download=True)
+    paths = [path for path in files_below(source) if path.match("cls/*.mat")]
+    require(len(paths) > 0, f"no cls/*.mat below {source}: --download fetches SBD")
+    for path in with_progress(paths, "masks of SBD"):
+        mask = voc / "SegmentationClassAug" / f"{path.stem}.png"
+        if mask.is_file() or (voc / "SegmentationClass" / mask.name).is_file():
+            continue
+        with reading(path):
+            from scipy.io import loadmat
+
+            label = loadmat(path)["GTcls"]["Segmentation"][0, 0]
+            require(label.max() <= 20, f"{path} holds the class {label.max()}, VOC has 0 to 20")
+            picture = Image.fromarray(label.astype(np.uint8))
+        save_png(picture, mask)
+
+
+def prepare_lucchi(source: Path, root: Path) -> None:
+    """EPFL's {training,testing}{,_groundtruth}.tif -> pictures and lists in VOC's layout.
+
+    DAW trains on 5, 10 and 20 labeled slices of 165 and does not say which. Ours lie at equal
+    distances in the stack, as neighbours are nearly the same picture.
+    """
+    lists = {}
+    for split, stack in (("val", "testing"), ("train", "training")):
+        images = read_stack(source / f"{stack}.tif")
+        labels = read_stack(source / f"{stack}_groundtruth.tif")
+        require(images.shape == labels.shape and len(np.unique(labels)) <= 2,
+                f"{source}: {stack}_groundtruth.tif has another size than {stack}.tif, or other "
+                f"values than 0 and 255")
+        names = [f"{split}_{number:03}" for number in range(len(images))]
+        for name, image, label in zip(names, images, labels):
+            mask = (label > 0).astype(np.uint8)
+            save_png(Image.fromarray(image), root / "JPEGImages" / f"{name}.png")
+            save_png(Image.fromarray(mask), root / "SegmentationClass" / f"{name}.png")
+        lists[split] = [f"JPEGImages/{name}.png SegmentationClass/{name}.png" for name in names]
+    train = lists["train"]
+    for count in (5, 10, 20):
+        middles = (np.arange(count) + 0.5) * len(train) / count
+        lists[f"labeled_{count}"] = [train[int(middle)] for middle in middles]
+    for name, lines in lists.items():
+        write_list(root / "ImageSets" / "Segmentation" / f"{name}.txt", lines)
+
+
+def read_stack(path: Path) -> np.ndarray:
+    """All pages of a TIFF file: uint8 [N, H, W]."""
+    with reading(path), Image.open(path) as stack:
+        return np.stack([np.asarray(page.convert("L")) for page in ImageSequence.Iterator(stack)])
+
+
+# ---------------------------------------------------------------- medical volumes
+
+# Images and labels, anywhere below --source; the group is the volume's name. ACDC: the challenge's
+# folders, or SSL4MIS's HDF5 files, which hold both. Prostate: Decathlon's Task05.
+NIFTI = r"\.nii(?:\.gz)?"
+PATTERNS = {
+    "acdc": (rf"(patient\d+_frame\d+)(?:{NIFTI}|\.h5)",
+             rf"(patient\d+_frame\d+)(?:_gt{NIFTI}|\.h5)"),
+    "mscmrseg": (rf"(patient\d+_LGE){NIFTI}", rf"(patient\d+_LGE)_(?:manual|gd){NIFTI}"),
+    "prostate": (rf"imagesTr/(prostate_\d+){NIFTI}", rf"labelsTr/(prostate_\d+){NIFTI}"),
+}
+CLASSES = {  # of the labels' values
+    "acdc": {0: 0, 1: 1, 2: 2, 3: 3},
+    "mscmrseg": {0: 0, 600: 1, 200: 2, 500: 3},
+    "prostate": {0: 0, 1: 1, 2: 2},
+}
+SPLITS = {"mscmrseg": (35, 45, 2019), "prostate": (22, 32, 2018)}  # train of all patients, seed
+
+
+def prepare_volumes(dataset: str, source: Path, root: Path, download: bool) -> None:
+    """Files of the owners -> volumes/<volume>.npz and lists/*.txt.
+
+    Nothing is resampled or turned: NIfTI's [X, Y, Z] is transposed to [Z, Y, X], as SSL4MIS stores
+    it. Intensities are min-max normalised per volume.
+    """
+    volumes = find_volumes(dataset, source)
+    require(len(volumes) > 1, f"no two labeled volumes of {dataset} below {source}")
+    if dataset == "acdc":
+        lists = acdc_lists(source, root, download)
+    else:
+        lists = random_splits(list(volumes), *SPLITS[dataset])
+    listed = sorted({name for names in lists.values() for name in names})
+    missing = [name for name in listed if name not in volumes]
+    require(not missing, f"{len(missing)} of {len(listed)} listed volumes are not below {source}, "
+                         f"among them {missing[:1]}")
+    for name in with_progress(listed, f"volumes of {dataset}"):
+        path = root / "volumes" / f"{name}.npz"
+        if not path.is_file():
+            write_volume(path, read_pair(*volumes[name], CLASSES[dataset]))
+    for split, names in lists.items():
+        lines = [f"{re.split('_(?:frame|LGE)', name)[0]} {name}" for name in names]
+        write_list(root / "lists" / f"{split}.txt", lines)
+
+
+def find_volumes(dataset: str, source: Path) -> dict[str, tuple[Path, Path]]:
+    """{volume: (image, label)} in order of the patients' numbers, of images that have labels."""
+    paths = files_below(source)
+    images, labels = (find_files(paths, pattern) for pattern in PATTERNS[dataset])
+    for name in labels:
+        require(name in images, f"{labels[name]} has no image of the same name")
+    files = sorted(labels, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    names = files
+    if dataset == "acdc":  # SSL4MIS calls the two frames of a patient 01 and 02
+        patients = [name.split("_")[0] for name in files]
+        require(patients[::2] == patients[1::2], f"not two labeled frames of each in {source}")
+        names = [f"{patient}_frame0{1 + place % 2}" for place, patient in enumerate(patients)]
+    return {name: (images[file], labels[file]) for name, file in zip(names, files)}
+
+
+def find_files(paths: list[Path], pattern: str) -> dict[str, Path]:
+    """{volume: path}. Raises UserError for two files of one volume."""
+    found = {}
+    for path in paths:
+        match = re.search(f"/{pattern}$", path.as_posix(), re.IGNORECASE)
+        if match:
+            other = found.setdefault(match[1], path)
+            require(other is path, f"{path} and {other} are one volume: keep one of them")
+    return found
+
+
+def read_pair(image_path: Path, label_path: Path, classes: dict[int, int]) -> Volume:
+    """The volume, checked: shapes alike, intensities finite, no label without a class."""
+    image, spacing = read_array(image_path, "image")
+    values, _ = read_array(label_path, "label")
+    image, values = image.astype(np.float32), values.astype(np.float64)
+    require(image.shape == values.shape and image.ndim == 3,
+            f"{label_path}: the label is {list(values.shape)}, its image {list(image.shape)}")
+    require(np.isfinite(image).all() and image.min() < image.max(),
+            f"{image_path}: the intensities are constant, nan or infinite")
+    known = [abs(values - value) < 1e-3 for value in classes]  # a scale factor may leave an error
+    label = np.select(known, list(classes.values()), default=IGNORE).astype(np.uint8)
+    require(IGNORE not in label,
+            f"{label_path} holds {values[label == IGNORE][:1]}, known are {list(classes)}")
+    return Volume(min_max(image), label, spacing)
+
+
+def read_array(path: Path, name: str) -> tuple[np.ndarray, tuple[float, ...] | None]:
+    """[Z, Y, X] and its spacing in mm: an HDF5 file's array `name`, or a NIfTI file."""
+    with reading(path):
+        if path.suffix == ".h5":
+            import h5py
+
+            with h5py.File(path) as file:
+                return file[name][()], None
+        import nibabel
+
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)  # to its check sum, where nibabel would not look
+        array = np.asarray(nibabel.Nifti1Image.from_bytes(content).dataobj)
+        header = nibabel.Nifti1Header(content[:348], check=False)  # the check makes 1 mm of 0
+        spacing = tuple(abs(float(zoom)) for zoom in header.get_zooms()[2::-1])
+        require(all(0 < zoom < np.inf for zoom in spacing), f"{path}: voxels of {spacing} mm")
+        if path.parent.name == "imagesTr":
+            array = array.reshape(*array.shape[:3], -1)[..., 0]  # T2, beside ADC
+        return array.reshape(array.shape[:3]).transpose(2, 1, 0), spacing
+
+
+def random_splits(names: list[str], train: int, total: int, seed: int) -> dict[str, list[str]]:
+    """Two splits of ours: the paper's are not in its repository."""
+    if len(names) != total:
+        print(f"found {len(names)} of {total} patients: not the paper's set", flush=True)
+    count = len(names) - max(1, round(len(names) * (1 - train / total)))
+    lists = {}
+    for split, suffix in ((1, ""), (2, "_split2")):
+        order = np.random.default_rng([seed, split]).permutation(len(names))
+        shuffled = [names[index] for index in order]
+        lists[f"train{suffix}"], lists[f"val{suffix}"] = shuffled[:count], shuffled[count:]
+    return lists
+
+
+def acdc_lists(source: Path, root: Path, download: bool) -> dict[str, list[str]]:
+    """SSL4MIS's lists: those that lie unchanged below `source`, else fetched."""
+    lists = {}
+    for split, published in published_lists("acdc").items():
+        paths = [path for path in files_below(source) if path.name == f"{split}.list"
+                 and hashlib.sha256(path.read_bytes()).hexdigest() == published["sha256"]]
+        path = paths[0] if paths else published_list("acdc", split, root, download)
+        lists[split] = path.read_text().split()
+    return lists
+
+
+def main() -> None:
+    parser = Parser(prog="python -m common.prepare", description=__doc__.split("\n\n")[0])
+    parser.add_argument("dataset", choices=("coco", "sbd", "lucchi", *PATTERNS))
+    parser.add_argument("--root", type=Path, required=True, help="folder to write")
+    parser.add_argument("--source", type=Path, help="folder of what you downloaded (--root)")
+    parser.add_argument("--download", action="store_true", help="fetch SBD, or ACDC's lists")
+    args = parser.parse_args()
+    source = args.source or args.root
+    if args.dataset == "coco":
+        prepare_coco(source, args.root)
+    elif args.dataset == "sbd":
+        prepare_sbd(source, args.root, args.download)
+    elif args.dataset == "lucchi":
+        prepare_lucchi(source, args.root)
+    else:
+        prepare_volumes(args.dataset, source, args.root, args.download)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,300 @@
+"""Speed and memory, measured side by side: `python tests/benchmark.py [WHAT ...] [options]`.
+
+    loader         unlabeled samples of one core; --released FOLDER: a checkout of UniMatch beside
+    step           training steps of UniMatch and DAW; augmentation, statistics and alignment
+    strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two
+    sampling       diffmatch.py at inference: its parts, 1 to 5 denoising steps, and DeepLabv3+
+    kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
+    rectification  training steps of diffrect.py without and with its rectifier
+    evaluation     scores of 500x375 images, whole and by sliding window, beside the network alone
+    distances      surface distances of a heart's masks, beside medpy's (PyPI)
+
+Without WHAT all of them, in small sizes. Candidates take turns, so that a busy machine slows all of
+them alike: use the ratios of medians. What warms up does not count. Training steps are those of the
+programs on embedded data, loading included, in a process for each run: memory is its peak, or on a
+GPU that of tensors. Other options, last, go to the program: --no-amp, --baseline unimatch_v2.
+"""
+
+import argparse
+import contextlib
+import importlib
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import daw
+import diffmatch
+import usrn
+from common import medical
+from common.data import DATASETS, Data, Sample, TrainingSet
+from common.evaluate import evaluate
+from common.models import DeepLabV3Plus
+from common.runtime import bf16_is_fast, init_distributed, parse, require, run_main, say
+
+CLASSES = 21
+SIZES = {"rounds": 5, "backbone": "resnet50", "crop": 321, "batch": 2, "points": 1_000_000,
+         "reference_points": 10_000, "clusters": 121, "channels": 256, "released": ""}
+OTHER_SIZES = {"sampling": {"crop": 513}, "rectification": {"crop": 256, "batch": 3}}
+SMALL = {"rounds": 2, "backbone": "tiny", "crop": 64, "points": 20_000, "reference_points": 2_000,
+         "clusters": 20, "channels": 32}
+WARM_UP, STEPS = 2, 4  # of a training
+SHAPES = ["--data-root", str(ROOT / "data/shapes"), "--weights", "none", "--backbone"]
+PHANTOM = ["--data-root", str(ROOT / "data/phantom"), "--channels", "16"]
+
+
+def report(title: str, seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
+    """Print medians, and their ratios to the first candidate."""
+    say(f"{title}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    first = next(iter(seconds))
+    for name, values in seconds.items():
+        median, reference = np.median(values), np.median(seconds[first])
+        line = f"  {name:24}{1000 * median:10.2f} ms{1 / median:10.2f}/s{median / reference:8.3f}"
+        if memory:
+            line += f"{memory[name]:10.2f} GiB{memory[name] / memory[first]:8.3f}"
+        say(line)
+
+
+def compare(title: str, candidates: dict, rounds: int, count: int = 1) -> None:
+    """{name: function of nothing, which treats `count` items}: seconds an item."""
+    seconds = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append((time.perf_counter() - started) / count)
+    report(title, seconds, {})
+
+
+def in_own_process(function, *arguments):
+    """Its result, from a process whose peak memory and threads are nobody else's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_memory() -> float:
+    """GiB so far: of tensors where a GPU is used, else of the process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def train(method: str, options: list[str]) -> tuple[list[float], float]:
+    """The first steps of a method's program: (seconds of each, peak memory in GiB)."""
+    module, ticks = importlib.import_module(method), []
+
+    def note(log, step: int, terms: dict) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        ticks.append(time.perf_counter())
+        if step == WARM_UP + STEPS:
+            raise StopIteration
+
+    module.Log.step = note  # the loop calls it at the end of every step
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
+        module.train(parse(module.Config, argv=[*options, "--output", folder]))
+    return np.diff(ticks[WARM_UP - 1 :]).tolist(), peak_memory()
+
+
+def compare_trainings(method: str, candidates: dict[str, list[str]], sizes, common: list[str]):
+    """{name: flags}, besides the flags that are common to all."""
+    common = [*common, "--crop", str(sizes.crop), "--batch-size", str(sizes.batch), *sizes.options]
+    seconds, memory = {name: [] for name in candidates}, dict.fromkeys(candidates, 0.0)
+    for _ in range(sizes.rounds):
+        for name, flags in candidates.items():
+            steps, peak = in_own_process(train, method, [*common, *flags])
+            seconds[name] += steps
+            memory[name] = max(memory[name], peak)
+    report(f"{method}.py {' '.join(common)}", seconds, memory)
+
+
+def step(sizes) -> None:
+    candidates = {"UniMatch": ["--weighting", "fixed"], "DAW": []}
+    compare_trainings("daw", candidates, sizes, [*SHAPES, sizes.backbone])
+
+    device, batch, crop = init_distributed()[2], sizes.batch, sizes.crop
+    images = torch.zeros(batch, 3, crop, crop, dtype=torch.uint8, device=device)
+    views = {"labeled": images, "unlabeled": images}
+    logits = torch.randn(batch, CLASSES, crop, crop, device=device)
+    probs, label = logits.softmax(dim=1), logits.argmax(dim=1)  # which any method needs
+    state = daw.Statistics(CLASSES, 0.99).to(device)
+
+    def align() -> None:
+        state.update(logits.softmax(dim=1), label, probs, label >= 0)
+        daw.optimal_threshold(*state.gaussians())
+        daw.align_distribution(probs, *state.class_mean)
+
+    candidates = {"augmentation": partial(daw.make_views, views, crop, (0.1, 2.0)),
+                  "statistics and alignment": align}
+    compare(f"parts of a DAW step of {CLASSES} classes", candidates, sizes.rounds)
+
+
+def strategies(sizes) -> None:
+    candidates = {"uniform": ["--strategy", "uniform", "--no-measure"], "POS + MEO": []}
+    compare_trainings("pos_meo", candidates, sizes, [*SHAPES, sizes.backbone])
+
+
+def rectification(sizes) -> None:
+    candidates = {"FixMatch": ["--model", "fixmatch"], "DiffRect": ["--warmup", "0"]}
+    compare_trainings("diffrect", candidates, sizes, PHANTOM)
+
+
+def write_pictures(folder: Path, count: int) -> list[Sample]:
+    """JPEGs of 500x375 pixels with the detail of photographs, about 90 kB, and blank masks."""
+    rng, samples = np.random.default_rng(0), []
+    for number in range(count):
+        picture = np.zeros((375, 500, 3))
+        for cell in (4, 16, 64):
+            noise = rng.integers(0, 256, (375 // cell + 1, 500 // cell + 1, 3), dtype=np.uint8)
+            picture += Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
+        Image.fromarray((picture / 3).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
+        Image.new("L", (500, 375)).save(folder / f"{number}.png")
+        samples.append(Sample(f"{number}.jpg", f"{number}.png"))
+    return samples
+
+
+def loader(sizes) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        samples, ids = write_pictures(folder, 16), folder / "ids.txt"
+        ids.write_text("\n".join(f"{sample.image} {sample.mask}" for sample in samples))
+        unlabeled = [Sample(sample.image, None) for sample in samples]
+        data = Data(DATASETS["pascal"], folder, [], unlabeled, [], [], "benchmark")
+        for crop in (321, 513):
+            ours = TrainingSet(data, crop, seed=0)
+            candidates = {"ours": lambda: [ours[1, k, k] for k in range(16)]}
+            if sizes.released:  # also changes colours, which ours does on the device
+                sys.path.insert(0, str(sizes.released))
+                module = importlib.import_module("dataset.semi")
+                theirs = module.SemiDataset("pascal", str(folder), "train_u", crop, str(ids))
+                candidates["UniMatch"] = lambda: [theirs[k] for k in range(16)]
+            compare(f"samples, crop {crop}", candidates, sizes.rounds, count=16)
+
+
+@torch.inference_mode()
+def evaluation(sizes) -> None:
+    device = init_distributed()[2]
+    network = DeepLabV3Plus(sizes.backbone, CLASSES, "none").to(device).eval()
+    with tempfile.TemporaryDirectory() as temporary:
+        samples = write_pictures(Path(temporary), 4)
+        data = Data(DATASETS["pascal"], Path(temporary), samples, [], samples, [], "benchmark")
+        image = torch.randn(1, 3, 375, 500, device=device)
+        scores = partial(evaluate, network, data, "val", sizes.crop, device, num_workers=0)
+        candidates = {"network alone": lambda: [network(image) for _ in samples],
+                      "whole": partial(scores, mode="whole"),
+                      "sliding window": partial(scores, mode="sliding")}
+        compare(f"{sizes.backbone}, crop {sizes.crop}", candidates, sizes.rounds, count=4)
+
+
+@torch.inference_mode()
+def sampling(sizes) -> None:
+    device = init_distributed()[2]
+    layout = {"device": device, "memory_format": torch.channels_last}
+    model = diffmatch.DiffMatch(sizes.backbone, CLASSES, "none").to(**layout).eval()
+    deeplab = DeepLabV3Plus(sizes.backbone, CLASSES, "none").to(**layout).eval()
+    images = torch.randn(1, 3, sizes.crop, sizes.crop).to(**layout)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+        z, t = model(images), torch.ones(1, device=device)
+        noise = torch.randn(1, model.mask_channels, *z.shape[2:]).to(**layout)
+        candidates = {"feature extractor": partial(model, images),
+                      "denoiser": partial(model, denoise=(z, noise, t)),
+                      "DeepLabv3+": partial(deeplab, images)}
+        for steps in range(1, 6):
+            candidates[f"{steps} steps"] = partial(diffmatch.Sampler(model, steps, 1, 0), images)
+        compare(f"{sizes.backbone}, an image of {sizes.crop} pixels", candidates, sizes.rounds)
+    for name in ("feature extractor", "denoiser"):
+        with FlopCounterMode(display=False) as counter:
+            candidates[name]()
+        say(f"  {name}: {counter.get_total_flops() / 2e9:.2f} G multiplications")
+
+
+def made_up_features(points: int, channels: int) -> torch.Tensor:
+    """[N, D], as of a class after a ReLU: 40 groups of very different size, correlated noise."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(40, channels, generator=generator).relu()
+    shares = torch.rand(40, generator=generator) ** 3
+    groups = torch.multinomial(shares, points, True, generator=generator)
+    mixing = 0.7 * torch.randn(channels, channels, generator=generator) / channels**0.5
+    features = torch.empty(points, channels)
+    for part, rows in zip(groups.split(65536), features.split(65536)):
+        noise = torch.randn(len(part), channels, generator=generator)
+        rows.copy_((centres[part] + noise @ mixing).relu())
+    return features
+
+
+def kmeans(sizes) -> None:
+    features, clusters = made_up_features(sizes.points, sizes.channels), sizes.clusters
+    few = features[: sizes.reference_points]
+    ours = partial(usrn.balanced_kmeans, num_clusters=clusters, seed=0)
+    candidates = [("balanced", ours, few), ("balanced", ours, features),
+                  ("plain", partial(ours, balanced=False), features)]
+    with contextlib.suppress(ImportError):
+        from k_means_constrained import KMeansConstrained
+
+        limits = len(few) // clusters, -(-len(few) // clusters)
+        theirs = KMeansConstrained(clusters, *limits, n_init=1, random_state=0)
+        candidates.insert(0, ("k-means-constrained", theirs.fit_predict, few))
+    say(f"{sizes.channels} channels, {torch.get_num_threads()} threads; memory: the peak so far")
+    for name, assign, points in candidates:
+        started = time.perf_counter()
+        assignment = torch.as_tensor(assign(points)).long()
+        seconds, peak = time.perf_counter() - started, peak_memory()
+        centroids = usrn.means(points, assignment, points[:clusters])
+        cost = usrn.squared_distances(points, centroids).gather(1, assignment[:, None]).mean()
+        counts = torch.bincount(assignment, minlength=clusters)
+        say(f"  {name:20}{len(points):8} points, {clusters} clusters of {counts.min()} to "
+            f"{counts.max()}: {seconds:.2f} s, mean squared distance {cost:.3f}, {peak:.2f} GiB")
+
+
+def distances(sizes) -> None:
+    z, y, x = np.ogrid[:10, :256, :256]
+    masks = [((z - 5) / 4) ** 2 + ((y - middle) / 25) ** 2 + ((x - 128) / radius) ** 2 < 1
+             for middle, radius in ((120, 30), (123, 28))]
+    candidates = {"ours": partial(medical.surface_distances, *masks)}
+    with contextlib.suppress(ImportError):
+        from medpy.metric.binary import asd, assd, hd95
+
+        candidates["medpy"] = lambda: [call(*masks) for call in (hd95, asd, assd)]
+    compare("HD95, ASD and ASSD of 10x256x256 voxels", candidates, sizes.rounds)
+
+
+SUBJECTS = {function.__name__: function for function in (
+    loader, step, strategies, sampling, kmeans, rectification, evaluation, distances)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in SIZES.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), help=str(value),
+                            default=argparse.SUPPRESS)
+    given, words = parser.parse_known_args()
+    names = [word for word in words if word in SUBJECTS]
+    options = words[len(names) :]
+    trainings = bool(names) and {"step", "strategies", "rectification"}.issuperset(names)
+    require(not options or trainings, f"{' '.join(options)}: unknown or misplaced, see --help")
+    for name in names or SUBJECTS:
+        say(f"\n{name}")
+        defaults = {**SIZES, **(OTHER_SIZES.get(name, {}) if names else SMALL)}
+        sizes = argparse.Namespace(**{**defaults, **vars(given), "options": options})
+        in_own_process(SUBJECTS[name], sizes)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,221 @@
+"""common/figures.py: colours, grids and PNG files with Pillow; what the matplotlib figures show."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from programs import refuse, run_as_program
+
+from common import figures
+from common.runtime import UserError
+
+CLASSES = ("background", "hstripe", "vstripe", "check", "dots", "cross", "grain", "blocks")
+PALETTE = figures.voc_palette()
+GAUSSIANS = {"mu_pos": 0.9, "sigma_pos": 0.1, "mu_neg": 0.4, "sigma_neg": 0.2, "lowest": 0.125}
+
+
+def label_map(height=40, width=64):
+    label = (np.arange(height * width).reshape(height, width) // 400).astype(np.uint8)
+    label[:3] = 255
+    return label
+
+
+# ---------------------------------------------------------------- label maps
+
+
+def test_palette_is_vocs():
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 15: (192, 128, 128), 20: (0, 64, 128),
+             255: (224, 224, 192)}
+    assert len(PALETTE) == len(set(PALETTE)) == 256
+    assert {label: PALETTE[label] for label in known} == known
+    assert figures.voc_palette(21) == PALETTE[:21]
+
+
+def test_colors_and_overlay():
+    label = label_map()
+    colors = figures.colorize(torch.from_numpy(label), PALETTE)
+    assert colors.dtype == np.uint8 and colors.shape == (40, 64, 3)
+    assert tuple(colors[0, 0]) == figures.IGNORE_COLOR  # not the palette's entry 255
+    assert tuple(colors[10, 10]) == PALETTE[label[10, 10]]
+    assert tuple(figures.colorize(label, PALETTE[:2])[39, 63]) == figures.IGNORE_COLOR
+    mixed = figures.overlay(np.full((3, 40, 64), 100, np.uint8), label, PALETTE, alpha=0.25)
+    assert tuple(mixed[0, 0]) == (100, 100, 100)
+    assert mixed[10, 10] == pytest.approx(75 + 0.25 * colors[10, 10], abs=1)
+
+
+def test_indexed_png_reads_back_as_the_label(tmp_path):
+    path = tmp_path / "new" / "label.png"
+    figures.save_indexed_png(label_map(), PALETTE, path)
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and (np.asarray(picture) == label_map()).all()
+        assert (np.asarray(picture.convert("RGB")) == figures.colorize(label_map(), PALETTE)).all()
+    assert [file.name for file in path.parent.iterdir()] == ["label.png"]  # no temporary file
+    with pytest.raises(UserError, match="cannot write .*below.png"):
+        figures.save_indexed_png(label_map(), PALETTE, path / "below.png")
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5])
+def test_grid_shows_every_picture_where_arithmetic_puts_it(tmp_path, columns):
+    rows = []
+    for row, height in enumerate((200, 180)):  # neither enlarged nor reduced
+        labels = [np.full((height, 170), 2 * row + k, np.uint8) for k in range(columns - 1)]
+        rows.append((np.full((height, 170, 3), 90 + row, np.uint8), *labels))
+    figures.sample_grid(rows, CLASSES, PALETTE, tmp_path / "grid.png", "abcde"[:columns])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    top = 13 + 2 * 8
+    for image, *labels in rows:
+        colors = [image, *(figures.colorize(label, PALETTE) for label in labels)]
+        for column, expected in enumerate(colors):
+            left = 8 + column * 178
+            assert (grid[top : top + len(image), left : left + 170] == expected).all()
+            assert (grid[:29, left : left + 170] < 128).any()  # the column's caption
+        top += len(image) + 8
+    assert grid.shape[1] == columns * 178 + 8
+    for row in ((*rows[0], rows[0][0]), ()):
+        with pytest.raises(ValueError):
+            figures.sample_grid([row], CLASSES, PALETTE, tmp_path / "none.png", "abcde"[:columns])
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_grid_of_small_large_and_coloured_pictures(tmp_path):
+    """Small ones grow by a whole factor, large ones shrink; the legend shows what occurs."""
+    colours = np.full((700, 30, 3), (12, 34, 56), np.uint8)
+    rows = [(torch.zeros(3, 40, 64).byte(), label_map(), label_map() % 8),
+            (np.zeros((700, 30, 3), np.uint8), np.full((700, 30), 5, np.uint8), colours)]
+    figures.sample_grid(rows, CLASSES, PALETTE, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape[1] == 3 * (3 * 64 + 8) + 8 and 29 + 120 + 512 + 24 < grid.shape[0] < 750
+    enlarged = figures.colorize(label_map(), PALETTE).repeat(3, axis=0).repeat(3, axis=1)
+    assert (grid[29:149, 208:400] == enlarged).all()
+    assert (grid[157:669] == (12, 34, 56)).all(axis=2).any()
+    for color in (*PALETTE[1:8], figures.IGNORE_COLOR):
+        assert (grid[677:] == color).all(axis=2).sum() > 50
+    for width in (60, 900):
+        key = figures.legend(list(zip(CLASSES, PALETTE)), width)
+        assert key.width == width and set(PALETTE[:8]) <= {c for _, c in key.getcolors(1 << 20)}
+
+
+# ---------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("classes", [3, 22])
+def test_calibration(drawn, tmp_path, classes):
+    confusion = np.random.default_rng(classes).integers(1, 1000, (classes, classes))
+    confusion[1] = 0  # no pixels
+    bins = [{"upper": (m + 1) / 5, "share": m / 10, "accuracy": m / 8} for m in range(5)]
+    bins[0]["accuracy"] = None
+    results = {"confusion": confusion.tolist(), "reliability": bins, "ece": 0.0423}
+    names = [f"class {c}" for c in range(classes)]
+    figures.plot_calibration(results, names, tmp_path / "new" / "figure.png")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["figure.png"]
+    left, right = drawn[0].axes
+    assert "ECE 4.2 %" in left.get_title()
+    accuracy, share = left.containers
+    assert [bar.get_height() for bar in accuracy] == pytest.approx([0, 1 / 8, 2 / 8, 3 / 8, 4 / 8])
+    assert [bar.get_height() for bar in share] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert [bar.get_x() for bar in accuracy] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert [label.get_text() for label in right.get_yticklabels()] == names
+    shown = right.images[0].get_array().filled(-1)  # what is masked is not drawn
+    texts = {text.get_position(): text.get_text() for text in right.texts}
+    for (truth, predicted), count in np.ndenumerate(confusion):
+        percent = 100 * count / confusion[truth].sum() if truth != 1 else -1
+        assert shown[truth, predicted] == pytest.approx(percent)
+        expected = f"{percent:.0f}" if truth != 1 and classes == 3 else None
+        assert texts.get((predicted, truth)) == expected
+
+
+def share_lines(*kinds: str) -> list[dict]:
+    shares = {f"{kind} {name}": 0.1 * c + 0.01 for kind in kinds for c, name in enumerate(CLASSES)}
+    lines = [{"iteration": 10 * (i + 1), **shares} for i in range(20)]
+    for line in lines:
+        line["pseudo blocks"] = line["iteration"] / 1000
+    return [{"iteration": 5, "miou": 1.0}, *lines]
+
+
+def test_class_shares(drawn, tmp_path):
+    pixels, lines = torch.tensor([9, 1, 2, 3, 4, 5, 6, 7]), share_lines("true", "pseudo", "used")
+    figures.plot_class_shares(lines, CLASSES, pixels, tmp_path / "shares.png")
+    bars, most, fewest = drawn[0].axes
+    order = [label.get_text() for label in bars.get_xticklabels()]
+    assert order == [CLASSES[0], *CLASSES[:0:-1]]
+    _, pseudo, _ = bars.containers
+    assert pseudo[1].get_height() == pytest.approx(100 * (0.19 + 0.2) / 2)  # last 2 of 20 lines
+    assert (most.get_title(), fewest.get_title()) == ("background", "hstripe")
+    assert fewest.lines[1].get_ydata() == pytest.approx([11] * 20)
+
+
+def test_distributions(drawn, tmp_path):
+    lines = [{"iteration": i, "t_star": 0.1 * i, **GAUSSIANS} for i in range(1, 9)]
+    figures.plot_distributions([{"iteration": 1, "loss": 2.0}, *lines], tmp_path / "figure.png")
+    time, first, last = drawn[0].axes
+    assert list(time.lines[0].get_ydata()) == [0.9] * 8
+    assert list(time.lines[2].get_ydata()) == pytest.approx([0.1 * i for i in range(1, 9)])
+    assert (first.get_title(), last.get_title()) == ("iteration 1", "iteration 8")
+    for curve, peak in zip(last.lines, (0.9, 0.4)):
+        p, density = curve.get_data()
+        assert p[np.argmax(density)] == pytest.approx(peak, abs=0.01)
+        area = ((density[1:] + density[:-1]) / 2 * np.diff(p)).sum()
+        assert area == pytest.approx(1, rel=0.01)
+
+
+def gradient_columns(n: int) -> dict:
+    names = ("cosine", "min_cosine_uniform", "min_cosine", "alpha_unsup", "norm_sup", "norm_unsup")
+    return {name: torch.linspace(0.1, 0.9, n) + k / 10 for k, name in enumerate(names)}
+
+
+def test_gradients(drawn, tmp_path):
+    columns = gradient_columns(50)
+    for values in columns.values():
+        values[::2] = math.nan  # steps that were not measured
+    figures.plot_gradients(columns, "a title", tmp_path / "figure.png")
+    assert drawn[0].get_suptitle() == "a title" and len(drawn[0].axes) == 5
+    steps, cosines = drawn[0].axes[0].collections[0].get_offsets().T
+    assert steps.tolist() == list(range(1, 50, 2))
+    assert cosines.tolist() == columns["cosine"][1::2].tolist()
+
+
+def test_landscape(drawn, tmp_path):
+    curves = {}
+    for name, steep in (("POS", 2), ("uniform", 20)):
+        curves[name] = [{"direction": k, "distance": a, "loss": steep * a * a * (k + 1), "miou": 5}
+                        for k in range(2) for a in (0.5, -1.0, 0.0)]
+    curves["uniform"][1]["loss"] = None
+    labels = {"loss": "training loss", "miou": "mIoU (%)"}
+    figures.plot_landscape(curves, labels, tmp_path / "landscape.png")
+    left, right = drawn[0].axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("training loss", "mIoU (%)")
+    pos, uniform = left.lines
+    assert list(pos.get_xdata()) == [-1, 0, 0.5] and list(pos.get_ydata()) == [3, 0, 0.75]
+    assert math.isnan(uniform.get_ydata()[0]) and uniform.get_ydata()[2] == 7.5
+    corners = left.collections[0].get_paths()[0].vertices  # the band over the directions
+    assert {(-1.0, 2.0), (-1.0, 4.0)} <= {tuple(corner) for corner in corners.tolist()}
+
+
+def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn):
+    command, log = ("common/figures.py", monkeypatch, capfd, tmp_path), tmp_path / "metrics.jsonl"
+    assert "cannot read" in refuse(*command)
+    log.write_text('{"iteration": 1, "loss": 2.0}\n')
+    assert "nothing to draw" in refuse(*command)
+    lines = share_lines("pseudo", "used")
+    for i, line in enumerate(lines[1:]):
+        gradients = {name: float(values[i]) for name, values in gradient_columns(20).items()}
+        line |= GAUSSIANS | gradients | {"t_star": 0.5}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_as_program(*command)[0] == 0
+    names = {"distributions.png", "gradients.png", "metrics.jsonl", "pseudo_labels.png"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+    scatter = next(figure for figure in drawn if len(figure.axes) == 5).axes[0].collections[0]
+    assert scatter.get_offsets()[:, 0].tolist() == list(range(10, 210, 10))
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    assert not figures.has_matplotlib()
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        figures.plot_landscape({}, {"loss": "loss"}, tmp_path / "figure.png")
+    assert not list(tmp_path.iterdir())

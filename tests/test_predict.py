@@ -1,0 +1,239 @@
+"""Predictions of pictures and volumes: what is written, what is reported, what never happens."""
+
+import sys
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import daw
+from common import predict
+from common.augment import normalize
+from common.data import DATASETS, dataset_info
+from common.medical import DATASETS as VOLUME_DATASETS
+from common.medical import Volume, read_volume, write_volume
+from common.models import DeepLabV3Plus
+from common.runtime import UserError
+from programs import run_as_program
+
+INFO = dataset_info("folder", "ground,water,trees")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process: (exit status, stdout, lines of stderr)."""
+    def run(*arguments):
+        words = ["predict", "--checkpoint", "c.pt", "--device", "cpu", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        status = predict.main()
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def network(monkeypatch) -> nn.Module:
+    """What the checkpoint c.pt holds: a network for pictures."""
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 3, 3, padding=1).eval()
+    config = {"crop": 16}
+    monkeypatch.setattr(predict, "load_predictor", lambda *arguments: (network, config, INFO))
+    return network
+
+
+def write_picture(path, width: int, height: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(width * height)
+    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_pictures_of_any_size(network, command, tmp_path):
+    sizes = {"a.jpg": (37, 21), "a.png": (1, 1), "A_overlay.bmp": (70, 9), "sub/a.png": (5, 5)}
+    for name, size in sizes.items():
+        write_picture(tmp_path / "in" / name, *size)
+    cut = (tmp_path / "in" / "a.jpg").read_bytes()[:300]
+    (tmp_path / "in" / "broken.jpg").write_bytes(cut)
+    (tmp_path / "in" / "notes.txt").write_text("no picture, and not asked for")
+    (tmp_path / "empty").mkdir()
+    given = [tmp_path / "in", tmp_path / "in" / "a.jpg", tmp_path / "in" / "sub" / "a.png",
+             tmp_path / "none", tmp_path / "empty"]
+    out = tmp_path / "out"
+    status, said, problems = command("--output", out, *given)
+    assert status == 1 and len(problems) == 3 and said.count(" -> ") == 4
+    for name in ("none", "empty", "broken.jpg"):
+        assert sum(name in line and line.startswith("error: ") for line in problems) == 1
+    files = {path.name: Image.open(path) for path in out.iterdir()}
+    assert len(files) == len({name.lower() for name in files}) == 8  # nothing of the broken one
+    labels = {name: file for name, file in files.items() if file.mode == "P"}
+    assert sorted(file.size for file in labels.values()) == sorted(sizes.values())
+    for name, label in labels.items():
+        overlay = files[name.replace(".png", "_overlay.png")]
+        assert overlay.mode == "RGB" and overlay.size == label.size
+    assert command("--output", out, tmp_path / "in" / "sub")[0] == 0  # again: replaced
+
+
+@pytest.mark.parametrize("mode, windows", [("whole", [(0, 24)]), ("sliding", [(0, 16), (8, 24)])])
+def test_the_label_map_is_the_most_likely_class(network, command, tmp_path, mode, windows):
+    write_picture(tmp_path / "x.png", 24, 12)
+    pixels = np.array(Image.open(tmp_path / "x.png"))
+    image = normalize(torch.tensor(pixels.transpose(2, 0, 1))[None])
+    total = torch.zeros(3, 12, 24)
+    for left, right in windows:
+        total[..., left:right] += network(image[..., left:right])[0].softmax(dim=0).detach()
+    assert command("--output", tmp_path / "out", "--mode", mode, tmp_path / "x.png")[0] == 0
+    label = np.array(Image.open(tmp_path / "out" / "x.png"))
+    assert (label == total.argmax(dim=0).numpy()).all()
+    overlay = np.array(Image.open(tmp_path / "out" / "x_overlay.png")).astype(int)
+    colors = np.array(INFO.palette)[label]
+    assert abs(overlay - (pixels + colors) / 2).max() <= 1
+
+
+def test_inputs_are_never_overwritten(network, command, tmp_path):
+    write_picture(tmp_path / "a.jpg", 9, 7)
+    write_picture(tmp_path / "a.png", 9, 7)
+    before = (tmp_path / "a.png").read_bytes()
+    for given in (["a.jpg", "a.png"], ["a.png"]):
+        with pytest.raises(UserError, match="overwrite an input.*--output"):
+            command("--output", tmp_path, *(tmp_path / name for name in given))
+    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_cityscapes_is_written_as_label_ids(command, monkeypatch, tmp_path):
+    def network(images):  # class k in column k
+        return torch.eye(19)[None, :, None].expand(1, 19, images.shape[2], 19)
+
+    contents = network, {"crop": 99}, DATASETS["cityscapes"]
+    monkeypatch.setattr(predict, "load_predictor", lambda *arguments: contents)
+    write_picture(tmp_path / "x.png", 19, 4)
+    assert command("--output", tmp_path / "out", tmp_path / "x.png")[0] == 0
+    label = Image.open(tmp_path / "out" / "x.png")
+    ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    assert label.mode == "L" and (np.array(label) == ids).all()
+
+
+def test_a_checkpoint_of_daw_as_a_program(monkeypatch, capfd, tmp_path):
+    model = DeepLabV3Plus("tiny", 3, "none").eval()
+    config = asdict(daw.Config(dataset="folder", classes="a,b,c", backbone="tiny", crop=16))
+    content = {"format": 2, "method": "daw", "config": config, "model": model.state_dict()}
+    torch.save(content, tmp_path / "c.pt")
+    write_picture(tmp_path / "x.png", 33, 20)
+    given = tmp_path / "x.png", "--checkpoint", tmp_path / "c.pt", "--output", tmp_path / "out"
+    program = "common/predict.py", monkeypatch, capfd, *given
+    status, _, err = run_as_program(*program, "--set", "crop=24", "amp=false")
+    assert status == 0, err
+    image = torch.tensor(np.array(Image.open(tmp_path / "x.png")).transpose(2, 0, 1))[None]
+    with torch.inference_mode():
+        expected = model(normalize(image))[0].argmax(dim=0).numpy()
+    assert (np.array(Image.open(tmp_path / "out" / "x.png")) == expected).all()
+    status, _, err = run_as_program(*program, "--set", "steps=1")
+    assert status == 1 and err.startswith("error: ") and "'steps'" in err
+
+
+# ---------------------------------------------------------------- volumes
+
+
+@pytest.fixture
+def for_volumes(monkeypatch) -> None:
+    """The checkpoint c.pt is one of volumes: bright voxels are class 3, others class 0."""
+    def network(slices):
+        dark = torch.full_like(slices, -9)
+        return torch.cat([0.5 - slices, dark, dark, slices - 0.5], dim=1)
+
+    info = replace(VOLUME_DATASETS["acdc"], crop=16)
+    monkeypatch.setattr(predict, "load_predictor", lambda *arguments: (network, {"crop": 8}, info))
+
+
+def blobs() -> np.ndarray:
+    """A volume [Z, Y, X] of halves that do not change when resized to 8 x 8 pixels."""
+    image = np.full((3, 16, 24), 100, np.int16)
+    image[0, :, :12] = image[1, 8:] = image[2, :8] = 900
+    return image
+
+
+def test_npz_volumes_keep_image_and_spacing(for_volumes, command, tmp_path):
+    volume = Volume(blobs().astype(np.float32), None, (5.0, 1.5, 1.25))
+    for folder in "ab":
+        write_volume(tmp_path / folder / "heart.npz", volume)
+    status, said, problems = command("--output", tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    assert status == 0 and not problems
+    for name in ("heart.npz", "heart_2.npz"):  # two of one name
+        result = read_volume(tmp_path / "out" / name)
+        assert (result.label == np.where(blobs() > 500, 3, 0)).mean() > 0.9
+        assert result.spacing == volume.spacing
+        assert (result.image == (blobs() > 500)).all()
+    with pytest.raises(UserError, match="overwrite an input"):
+        command("--output", tmp_path / "a", tmp_path / "a")
+    with pytest.raises(UserError, match="--mode is for pictures"):
+        command("--mode", "whole", tmp_path / "a")
+
+
+def test_nifti_volumes_keep_their_grid(for_volumes, command, tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="reads NIfTI files, which needs nibabel")
+    write_volume(tmp_path / "in" / "same.npz", Volume(blobs().astype(np.float32), None, None))
+    array = blobs().T  # [X, Y, Z]
+    affine = np.array([[-1, 0, -0.9, 90], [0.75, 0.4, -1, -120], [0, 1.4, 8, 30], [0, 0, 0, 1]])
+    plain, scaled = (nibabel.Nifti1Image(array, affine) for _ in range(2))
+    scaled.header.set_slope_inter(0.5, -20)
+    second = nibabel.Nifti2Image(array[..., None].astype(np.float64), affine)
+    images = {"plain.nii": plain, "a.b.nii.gz": plain, "SHOUTED.NII.GZ": plain,
+              "scaled.nii.gz": scaled, "second.nii": second}
+    for name, image in images.items():
+        nibabel.save(image, tmp_path / "in" / name)
+    out = tmp_path / "out"
+    status, _, problems = command("--output", out, tmp_path / "in")
+    assert status == 0 and not problems
+    assert sorted(path.name for path in out.iterdir()) == sorted([*images, "same.npz"])
+    expected = read_volume(out / "same.npz").label.T  # tested above
+    for name in images:
+        result = nibabel.load(out / name)
+        labels = np.asarray(result.dataobj)
+        assert labels.dtype == np.uint8 and np.array_equal(labels, expected)
+        assert type(result) is type(images[name])
+        np.testing.assert_allclose(result.affine, affine, atol=1e-4)
+        compressed = (out / name).read_bytes()[:2] == b"\x1f\x8b"
+        assert compressed == name.lower().endswith(".gz")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the damaged affine
+def test_unreadable_volumes_are_reported_and_the_others_written(for_volumes, command, tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="reads NIfTI files, which needs nibabel")
+    bad, rng = tmp_path / "bad", np.random.default_rng(0)
+    bad.mkdir()
+    whole = nibabel.Nifti1Image(rng.integers(0, 900, (9, 8, 3)).astype(np.int16), np.eye(4))
+    nibabel.save(whole, bad / "cut.nii.gz")
+    (bad / "cut.nii.gz").write_bytes((bad / "cut.nii.gz").read_bytes()[:-40])
+    (bad / "noise.nii").write_bytes(rng.bytes(900))
+    arrays = {"four.nii": np.zeros((9, 8, 3, 2), np.int16), "two.nii": np.zeros((9, 8), np.int16),
+              "nan.nii": np.full((9, 8, 3), np.nan, np.float32)}
+    for name, array in arrays.items():
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), bad / name)
+    nibabel.save(whole, bad / "affine.nii")
+    content = bytearray((bad / "affine.nii").read_bytes())
+    content[280:292] = np.full(3, np.nan, np.float32).tobytes()
+    (bad / "affine.nii").write_bytes(content)
+    (bad / "noise.npz").write_bytes(rng.bytes(900))
+    (bad / "notes.txt").write_text("not a volume")
+    wrong = [*arrays, "affine.nii", "cut.nii.gz", "noise.nii", "noise.npz", "notes.txt",
+             "missing.npz"]
+    write_volume(bad / "SHOUTED.NPZ", Volume(blobs().astype(np.float32), None, None))
+    out = tmp_path / "out"
+    status, said, problems = command("--output", out, bad, bad / "notes.txt", bad / "missing.npz")
+    assert status == 1 and said.count(" -> ") == 1 and len(problems) == len(wrong), problems
+    for name in wrong:
+        assert sum(str(bad / name) in line for line in problems) == 1, name
+    assert [path.name for path in out.iterdir()] == ["SHOUTED.NPZ"]
+
+
+def test_without_nibabel_the_package_is_named(for_volumes, command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "nibabel", None)  # as if it were not installed
+    (tmp_path / "heart.nii.gz").touch()
+    status, _, (problem,) = command("--output", tmp_path / "out", tmp_path / "heart.nii.gz")
+    assert status == 1 and "heart.nii.gz" in problem and "pip install nibabel" in problem
