@@ -304,7 +304,7 @@ def train(config: Config) -> None:
                            output=f"runs/pos_meo_{data.tag}_{config.seed}")
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
     fixed, threshold = config.strategy == "fixed", config.threshold
-    require(fixed == (config.alpha_unsup is not None), "--strategy fixed needs --alpha-unsup")
+    require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
 
     torch.manual_seed(config.seed)
     network_class = BASELINES[config.baseline]
@@ -317,9 +317,10 @@ def train(config: Config) -> None:
     network = torch.compile(model) if config.compile else model
     functorch.donated_buffer = False  # when compiled: a graph is walked twice
     groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     if is_v2:
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     evaluated = model
@@ -410,7 +411,8 @@ def landscape(config: Config) -> None:
     require(world_size == 1, "--landscape runs in one process")
     folder, curves = Path(config.output or "runs/landscape"), {}
     for path in config.landscape.split(","):
-        model, saved, info = load_predictor(path, device)
+        changes = {"data_root": config.data_root} if config.data_root else {}
+        model, saved, info = load_predictor(path, device, changes)
         require("alpha_unsup" in saved, f"{path} is no checkpoint of pos_meo.py")
         data, crop = load_data(data_options(saved)), saved["crop"]
         torch.manual_seed(config.seed)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # 7,000 for the tests, whose limits here are what there is.
 METHODS = {"daw": 350, "pos_meo": 450, "diffmatch": 500, "usrn": 659, "diffrect": 583}
 COMMON_LINES = 4_222  # of common/*.py together
-PRODUCT_LINES = 6_755  # of both
+PRODUCT_LINES = 6_757  # of both
 TEST_LINES = 7_680
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
