@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.synthetic import SHAPES, publish, with_changes, write_shapes
+
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 
 
@@ -20,6 +23,23 @@ def keep_signal_handlers():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+FEW = {"train": 60, "val": 4, "tune": 1}
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    publish(root, "shapes", with_changes(SHAPES["shapes"], **FEW), write_shapes)
+    return root
+
+
+@pytest.fixture
+def shapes(shapes_folder, monkeypatch) -> Path:
+    """The embedded data, fewer of them."""
+    monkeypatch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], **FEW))
+    return shapes_folder
 
 
 @pytest.fixture

@@ -1,7 +1,12 @@
-"""Running the programs as users do, for the tests that need it."""
+"""Running the programs as users do, and what their runs leave, for the tests that need it."""
 
+import contextlib
+import json
+import multiprocessing
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import runtime
+
 ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("--batch-size 2 --crop 32 --iterations 4 --eval-every 4 --save-every 2 --log-every 1 "
+         "--num-workers 0 --device cpu").split()
 
 
 def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
@@ -61,8 +70,58 @@ def refuse(script: str, monkeypatch, capfd, *arguments) -> str:
     return lines[0]
 
 
+@contextlib.contextmanager
+def sigterm_at(step: int, folder: Path):
+    """Inside, a training in this process with this run folder gets the signal in that step."""
+    def step_and_signal(log, number, terms):
+        if number == step and log.folder == folder:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(log, number, terms)
+
+    original = runtime.Log.step
+    runtime.Log.step = step_and_signal
+    yield
+    runtime.Log.step = original
+
+
+def on_two_ranks(work, folder: Path) -> list:
+    """What `work(rank)` returns in each of two forked processes of one gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def enter(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
+        assert runtime.init_distributed("cpu") == (rank, 2, torch.device("cpu"))
+        torch.save(work(rank), folder / f"rank_{rank}.pt")
+
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=enter, args=(rank,)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=100)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+
+
 def state(folder: Path) -> dict:
     return torch.load(folder / "latest.pt", weights_only=True)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    """The training's lines of metrics.jsonl without the speed, never the same twice."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{**line, "images_per_second": 0} for line in lines if "loss" in line]
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, rel: float = 1e-5) -> None:
+    """The difference is short beside `theirs`: sums in another order differ by a part of that."""
+    difference = torch.linalg.vector_norm(ours.double() - theirs.double())
+    assert difference <= rel * torch.linalg.vector_norm(theirs.double())
 
 
 def assert_identical(left, right, path="checkpoint") -> None:

@@ -1,13 +1,11 @@
 """daw.py against sums over fine grids, a search over all steps, and plain loops; its runs."""
 
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from programs import assert_identical, state
+from programs import QUICK, assert_identical, assert_near, lines_of, on_two_ranks, state
 from torch import nn
 
 import daw
@@ -15,17 +13,10 @@ from common import runtime
 from common.augment import IGNORE, normalize
 from common.data import load_data
 from common.evaluate import evaluate, load_predictor
-from common.synthetic import SHAPES, generate_shapes, with_changes
 
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def assert_near(ours, theirs, rel=1e-5):
-    """No element is farther off than this share of the largest one."""
-    tolerance = rel * theirs.abs().max().item()
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=tolerance)
 
 
 # ---------------------------------------------------------------- Eq. 3-11: the threshold, E1, E2
@@ -288,28 +279,11 @@ def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
 
 # ---------------------------------------------------------------- runs
 
-QUICK = ("--batch-size 2 --crop 32 --iterations 4 --eval-every 4 --save-every 2 --log-every 1 "
-         "--num-workers 0 --device cpu").split()
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """The embedded data, fewer of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], train=60, val=4, tune=1))
-        root = tmp_path_factory.mktemp("data") / "shapes"
-        generate_shapes(root, "shapes")
-        yield root
 
 
 def train(root, folder, *options):
     where = ["--data-root", str(root), "--output", str(folder)]
     daw.train(runtime.parse(daw.Config, argv=[*QUICK, *where, *options]))
-
-
-def lines_of(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{**line, "images_per_second": 0} for line in lines if "loss" in line]
 
 
 def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, keep_signal_handlers):
@@ -348,16 +322,10 @@ class Pointwise(nn.Conv2d):
         return [{"params": list(self.parameters()), "lr": lr}]
 
 
-def train_on_rank(number, *arguments):
-    dist.init_process_group("gloo", f"file://{arguments[1]}_store", rank=number, world_size=2)
-    train(*arguments)
-
-
 def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, request,
                                                  keep_signal_handlers):
     """In float64, where sums hardly round; nothing is drawn but the order of the images."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a forked process has no GPU
     monkeypatch.setattr(daw, "DeepLabV3Plus", Pointwise)
     monkeypatch.setattr(daw, "strong_augment", lambda images, blur_sigma: 1 - images)
     monkeypatch.setattr(daw, "cutmix_boxes", lambda batch, size, device: (
@@ -365,13 +333,8 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, 
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.float64)
     options = "--batch-size 4 --stats-momentum 0.5 --lr 1 --crop 64".split()  # with padding
-    fork, arguments = multiprocessing.get_context("fork"), (shapes, tmp_path / "two", *options)
-    ranks = [fork.Process(target=train_on_rank, args=(n, *arguments), daemon=True) for n in (0, 1)]
-    for process in ranks:
-        process.start()
     train(shapes, tmp_path / "one", *options)
-    for process in ranks:
-        process.join(100)
+    on_two_ranks(lambda rank: train(shapes, tmp_path / "two", *options), tmp_path)
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
     for name, value in {**one["model"], **one["statistics"]}.items():
         assert_near({**two["model"], **two["statistics"]}[name], value, rel=1e-9)

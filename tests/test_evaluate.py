@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import random
 import sys
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from common.augment import normalize
 from common.data import Data, DataOptions, Sample, dataset_info, load_data
 from common.models import DeepLabV3Plus
 from common.runtime import UserError, run_main
+from programs import on_two_ranks
 
 CPU = torch.device("cpu")
 CLASSES = ("ground", "water", "trees", "houses", "roads")
@@ -201,30 +201,22 @@ def test_undefined_values_are_none(data, network):
             ev.evaluate(network, data, split, 16, CPU)
 
 
-def on_rank(number: int, network: nn.Module, data: Data, folder: Path) -> None:
-    """One of two processes: its results, images, messages and statistics go into a file."""
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=number, world_size=2)
-    images, messages, all_reduce = [], [], dist.all_reduce
-    dist.all_reduce = lambda tensor: messages.append(all_reduce(tensor))
-    network.register_forward_hook(lambda layer, shown, output: images.append(shown))
-    network[0].running_mean += number  # each rank has its own
-    results = ev.evaluate(network, data, "val", 16, CPU, 0, threshold=0.5)
-    content = [results, len(images), len(messages), network[0].running_mean.tolist()]
-    (folder / f"{number}.json").write_text(json.dumps(content))
-
-
 def test_ranks_share_the_images_and_agree_after_one_message(data, network, tmp_path):
     network = nn.Sequential(nn.BatchNorm2d(3), network)
-    fork = multiprocessing.get_context("fork").Process
-    ranks = [fork(target=on_rank, args=(number, network, data, tmp_path)) for number in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
+
+    def on_rank(rank: int) -> list:
+        images, messages, all_reduce = [], [], dist.all_reduce
+        dist.all_reduce = lambda tensor: messages.append(all_reduce(tensor))
+        network.register_forward_hook(lambda layer, shown, output: images.append(shown))
+        network[0].running_mean += rank  # each rank has its own
+        results = ev.evaluate(network, data, "val", 16, CPU, 0, threshold=0.5)
+        return [results, len(images), len(messages), network[0].running_mean.tolist()]
+
+    ranks = on_two_ranks(on_rank, tmp_path)
     network[0].running_mean += 0.5
     alone = ev.evaluate(network, data, "val", 16, CPU, 0, threshold=0.5)
     for number, images in enumerate((2, 1)):
-        results, *rest = json.loads((tmp_path / f"{number}.json").read_text())
+        results, *rest = ranks[number]
         assert rest == [images, 3, [0.5] * 3]  # two messages are the running statistics
         assert results["confusion"] == alone["confusion"] and results["images"] == 3
         assert results["ece"] == pytest.approx(alone["ece"], rel=1e-9)

@@ -11,6 +11,7 @@ from PIL import Image
 from programs import refuse, run_as_program
 
 from common import figures
+from common.models import DeepLabV3Plus
 from common.runtime import UserError
 
 CLASSES = ("background", "hstripe", "vstripe", "check", "dots", "cross", "grain", "blocks")
@@ -219,3 +220,13 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install matplotlib"):
         figures.plot_landscape({}, {"loss": "loss"}, tmp_path / "figure.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_directions_are_as_long_as_the_weights_filter_by_filter():
+    model = DeepLabV3Plus("tiny", 4, "none")
+    directions = figures.filter_normalized_direction(model, torch.Generator().manual_seed(0))
+    for value, direction in zip(model.parameters(), directions, strict=True):
+        assert direction.any() == (value.dim() > 1)
+        if value.dim() > 1:
+            lengths = [filters.flatten(1).norm(dim=1) for filters in (direction, value)]
+            torch.testing.assert_close(*lengths)

@@ -5,23 +5,20 @@ import copy
 import functools
 import inspect
 import json
-import multiprocessing
-import os
 import signal
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from programs import assert_identical, run_as_program, state
+from programs import (QUICK, assert_identical, assert_near, lines_of, on_two_ranks, run_as_program,
+                      sigterm_at, state)
 from torch import nn
 
 import daw
 import pos_meo
-from common import figures, runtime
+from common import runtime
 from common.data import load_data, training_loader
 from common.models import DeepLabV3Plus
-from common.synthetic import SHAPES, generate_shapes, with_changes
 from pos_meo import SUP, UNSUP
 
 BACKBONES = {"unimatch_v1": "tiny", "unimatch_v2": "tiny_vit"}
@@ -33,12 +30,6 @@ def seeded(seed):
 
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
-
-
-def assert_near(ours, theirs, rel=1e-5):
-    """The difference is short beside `theirs`."""
-    difference = torch.linalg.vector_norm(ours.double() - theirs.double())
-    assert difference <= rel * torch.linalg.vector_norm(theirs.double())
 
 
 # ---------------------------------------------------------------- Eq. 5, 6: the weights
@@ -279,24 +270,7 @@ def test_a_step_reads_nothing_back_from_the_device(baseline):
 
 # ---------------------------------------------------------------- training
 
-QUICK = ("--batch-size 2 --crop 32 --iterations 4 --eval-every 4 --save-every 2 --log-every 1 "
-         "--num-workers 0 --device cpu").split()
 SECOND = ["--baseline", "unimatch_v2"]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """The embedded data, fewer of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], train=60, val=4, tune=1))
-        root = tmp_path_factory.mktemp("data") / "shapes"
-        generate_shapes(root, "shapes")
-        yield root
-
-
-def lines_of(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{**line, "images_per_second": 0} for line in lines if "loss" in line]
 
 
 def configured(*arguments) -> pos_meo.Config:
@@ -307,7 +281,6 @@ def configured(*arguments) -> pos_meo.Config:
 def float64(monkeypatch, keep_signal_handlers):
     """Sums in another order then give nearly the same weights, and nothing is evaluated."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a forked process has no GPU
     monkeypatch.setattr(pos_meo, "evaluate", lambda *arguments: {"miou": 0.0})
     monkeypatch.setattr(pos_meo, "write_samples", lambda *arguments: None)
     torch.set_default_dtype(torch.float64)
@@ -370,11 +343,6 @@ def test_training_takes_plain_steps(baseline, strategy, options, shapes, tmp_pat
         assert all(abs(line["alpha_unsup"] - 0.5) > 0.02 for line in lines)
 
 
-def on_rank(number, config, folder):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=number, world_size=2)
-    pos_meo.train(config)
-
-
 def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monkeypatch):
     """Nothing is drawn but the order of images, and the transformer has no batch norm."""
     monkeypatch.setattr(pos_meo, "strong_augment", lambda images, blur_sigma: 1 - images)
@@ -384,13 +352,8 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monk
     options = [*SECOND, "--data-root", shapes, "--batch-size", 4, "--iterations", 3, "--crop", 48,
                "--output"]
     configs = [configured("--threshold", 0.15, *options, tmp_path / n) for n in ("one", "two")]
-    fork = multiprocessing.get_context("fork").Process
-    ranks = [fork(target=on_rank, args=(n, configs[1], tmp_path), daemon=True) for n in range(2)]
-    for process in ranks:
-        process.start()
     pos_meo.train(configs[0])
-    for process in ranks:
-        process.join(100)
+    on_two_ranks(lambda rank: pos_meo.train(configs[1]), tmp_path)
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     for name, value in one["model"].items():
         assert_near(two["model"][name], value, rel=1e-9)
@@ -407,15 +370,9 @@ def program(shapes, monkeypatch, capfd, keep_signal_handlers):
 
 
 def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp_path, monkeypatch):
-    def step_and_signal(log, number, terms):
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(log, number, terms)
-
-    step, whole, parts = runtime.Log.step, tmp_path / "whole", tmp_path / "parts"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert program(*SECOND, "--output", whole)[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime.Log, "step", step_and_signal)
+    with sigterm_at(2, parts):
         assert program(*SECOND, "--output", parts)[0] == 128 + signal.SIGTERM
     assert state(parts)["iteration"] == 2
     assert program(*SECOND, "--output", parts)[0] == 0
@@ -438,16 +395,6 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
     miou = json.loads((whole / "results.json").read_text())["last"]["miou"]
     assert rows[1]["miou"] == rows[4]["miou"] == miou
     assert rows[1]["loss"] == rows[4]["loss"] and len({row["loss"] for row in rows}) == 5
-
-
-def test_directions_are_as_long_as_the_weights_filter_by_filter():
-    model = DeepLabV3Plus("tiny", 4, "none")
-    directions = figures.filter_normalized_direction(model, seeded(0))
-    for value, direction in zip(model.parameters(), directions, strict=True):
-        assert direction.any() == (value.dim() > 1)
-        if value.dim() > 1:
-            lengths = [filters.flatten(1).norm(dim=1) for filters in (direction, value)]
-            torch.testing.assert_close(*lengths)
 
 
 @pytest.mark.parametrize("options, named", [

@@ -2,11 +2,9 @@
 
 import json
 import math
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,7 +17,7 @@ import daw
 from common import runtime
 from common.runtime import Checkpoint, Log, RunOptions, StopSignal, UserError, option, parse
 from common.runtime import read_checkpoint, write_atomically
-from programs import assert_identical
+from programs import assert_identical, on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
@@ -100,30 +98,6 @@ def test_a_user_error_is_one_line_and_status_1(capsys, monkeypatch):
 
 
 # ---------------------------------------------------------------- ranks
-
-
-def on_two_ranks(work, folder) -> list:
-    """What `work(rank)` returns in each of two forked processes of one gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def enter(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
-        assert runtime.init_distributed("cpu") == (rank, 2, torch.device("cpu"))
-        torch.save(work(rank), folder / f"rank_{rank}.pt")
-
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=enter, args=(rank,)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
 
 
 def test_one_process_is_a_group_of_one(monkeypatch):

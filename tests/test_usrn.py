@@ -5,18 +5,15 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
-from programs import assert_identical, run_as_program, state
+from programs import (QUICK, assert_identical, assert_near, lines_of, on_two_ranks, run_as_program,
+                      sigterm_at, state)
 from torch import nn
 
 import usrn
@@ -25,7 +22,6 @@ from common.augment import IGNORE, normalize
 from common.data import Data, Sample, dataset_info, load_data
 from common.evaluate import evaluate, load_predictor
 from common.models import DeepLabV3Plus, PSPNet
-from common.synthetic import SHAPES, generate_shapes, with_changes
 
 PARENTS = torch.tensor([0, 0, 0, 1, 1, 2, 3])  # 7 subclasses of 4 classes
 
@@ -360,7 +356,7 @@ def test_a_step_of_each_row_of_table_3_equals_plain_loops(model, compare):
     for name, value in network.named_parameters():  # none through pseudo labels
         ours, theirs = (torch.zeros_like(value) if grad is None else grad.float()
                         for grad in (value.grad, logits[name].grad))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+        assert_near(ours, theirs, rel=1e-4)
     # Labeled and weak images share batch norm; F_sub sees no more images than it is asked about.
     of_subclasses = (4 if "USR" in on else 2) if "MSL" in on else 0
     first, strong = ([0, 0, 1, 1], 2, of_subclasses), ([2, 2], 2, 2 if "SST" in on else 0)
@@ -530,31 +526,14 @@ def test_subclasses_divide_the_label_maps(tmp_path):
 
 # ---------------------------------------------------------------- runs
 
-QUICK = ("--labeled 12 --batch-size 2 --crop 32 --iterations 4 --supervised-iterations 2 "
-         "--threshold 0.2 --eval-every 4 --save-every 2 --log-every 1 --num-workers 0 "
-         "--device cpu").split()
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    """The embedded data, fewer of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], train=60, val=4, tune=1))
-        root = tmp_path_factory.mktemp("data") / "shapes"
-        generate_shapes(root, "shapes")
-        yield root
+SHORT = [*QUICK, *"--labeled 12 --supervised-iterations 2 --threshold 0.2".split()]
 
 
 @pytest.fixture
 def program(shapes, monkeypatch, capfd, keep_signal_handlers):
     """Run usrn.py with further options: (exit status, stdout, stderr)."""
-    start = ("usrn.py", monkeypatch, capfd, *QUICK, "--data-root", shapes)
+    start = ("usrn.py", monkeypatch, capfd, *SHORT, "--data-root", shapes)
     return functools.partial(run_as_program, *start)
-
-
-def lines_of(folder) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{**line, "images_per_second": 0} for line in lines if "loss" in line]
 
 
 def times(folder) -> dict:
@@ -580,15 +559,8 @@ def test_three_stages_that_were_stopped_and_that_were_not(program, shapes, tmp_p
         assert len(losses) == 4 and line["loss"] == pytest.approx(sum(losses), abs=1e-5)
     assert all(line["loss"] == line["loss_sup"] for line in lines_of(whole / "supervised"))
 
-    def step_and_signal(log, number, terms):
-        if number == stop_at and log.folder == folder:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(log, number, terms)
-
-    step = runtime.Log.step
     for folder, stop_at in ((parts / "supervised", 1), (parts, 2)):
-        with monkeypatch.context() as patch:
-            patch.setattr(runtime.Log, "step", step_and_signal)
+        with sigterm_at(stop_at, folder):
             assert program("--output", parts)[0] == 128 + signal.SIGTERM
         assert state(folder)["iteration"] == stop_at
     before = times(parts)
@@ -654,21 +626,10 @@ def test_bad_options_are_refused_in_one_line_before_anything_is_written(options,
     assert named in error and not (tmp_path / "run").exists()
 
 
-def on_rank(number, data_root, folder):
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=number, world_size=2)
-    torch.cuda.is_available = lambda: False  # a forked process has no GPU
-    options = [*QUICK, "--batch-size", "4", "--data-root", str(data_root)]
-    usrn.run_stages(runtime.parse(usrn.Config, argv=[*options, "--output", str(folder / "run")]))
-
-
 def test_two_ranks_cluster_once_and_train_together(shapes, tmp_path, capfd):
-    fork = multiprocessing.get_context("fork").Process
-    ranks = [fork(target=on_rank, args=(n, shapes, tmp_path), daemon=True) for n in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    options = [*SHORT, "--batch-size", "4", "--data-root", str(shapes)]
+    config = runtime.parse(usrn.Config, argv=[*options, "--output", str(tmp_path / "run")])
+    on_two_ranks(lambda rank: usrn.run_stages(config), tmp_path)
     assert capfd.readouterr().out.count("class balance rate") == 1
     saved = state(tmp_path / "run")
     assert saved["iteration"] == 4 and len(saved["rng"]) == 2 and "subclass_model" in saved
