@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 
-from common.runtime import UserError, reading, require
+from common.runtime import UserError, read_tensors, reading, require
 
 BACKBONES = ("resnet50", "resnet101", "xception65", "mobilenet_v2", "tiny")
 VIT_BACKBONES = ("dinov2_s", "tiny_vit")
@@ -35,6 +35,8 @@ DEFAULT_WEIGHTS = {
     "tiny": str(Path(__file__).with_name("tiny_encoder.pt")),
     "tiny_vit": str(Path(__file__).with_name("tiny_vit.pt")),
 }
+FIRST_KEYS = {"mobilenet_v2": "features.0.0.weight", "tiny": "stem.0.0.weight",
+              "dinov2_s": "cls_token", "tiny_vit": "cls_token"}  # of the others: bn1.weight
 # In public files: classifiers; of batch norm, temporaries and counters, which nothing reads.
 LEFTOVERS = ("fc.", "classifier.", "features.18.", "itr", "tmp", "track")
 
@@ -316,13 +318,27 @@ def read_weights(backbone: str, weights: str) -> dict[str, Tensor]:
     source = DEFAULT_WEIGHTS.get(backbone) if weights == "default" else weights
     require(source is not None, f"{backbone} has no weights to download: pass the field's file as "
                                 f"--weights PATH, or train from random ones with --weights none")
-    with reading(f"{source} (without it pass a state dict as --weights PATH, or --weights none)"):
-        if source.startswith("https:"):
+    if source.startswith("https:"):
+        with reading(f"{source} (--weights PATH takes a state dict)"):
             state = torch.hub.load_state_dict_from_url(source, map_location="cpu", progress=False,
                                                        check_hash=True, weights_only=True)
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-        return {key: state[key] for key in state if not any(part in key for part in LEFTOVERS)}
+    else:
+        state = unwrapped(read_tensors(source), FIRST_KEYS.get(backbone, "bn1.weight"))
+    return {key: state[key] for key in state if not any(part in key for part in LEFTOVERS)}
+
+
+def unwrapped(state, first: str) -> dict[str, Tensor]:
+    """The encoder's part of what people keep, {"model": {"module.backbone.bn1.weight": ...}, ...}:
+    its `first` key tells what stands before all of its keys.
+    """
+    parts = [state, *state.values()] if isinstance(state, dict) else []
+    for part in [part for part in parts if isinstance(part, dict)]:
+        keys = [key for key in part if str(key).endswith(first)]
+        if keys:
+            prefix = min(keys, key=len).removesuffix(first)
+            return {key.removeprefix(prefix): value for key, value in part.items()
+                    if key.startswith(prefix)}
+    return {}
 
 
 def random_weights_like(state: dict[str, Tensor]) -> str:

@@ -5,24 +5,29 @@
 Files lie as PASCAL VOC has them, or as a data set's archives unpack. `folder` is your own pictures,
 of any format: images/*, with masks/<name>.png (class indices, 255 = ignore) for those that have
 labels, and more without in unlabeled/*; for validation val_images/*, val_masks/*, or else a fifth.
+.docs/data.md says what is accepted and what is refused, and why.
 
 Loader workers do geometry on uint8; colours change in batches on the device. Every sample has its
 own generator, seeded by (seed, stream, position in the run): neither the number of ranks nor of
 workers changes what a step sees, and a resumed run goes on with the samples it would have seen.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
 import os
 import re
+import shutil
+import sys
+import unicodedata
 import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes, VOCSegmentation
@@ -124,8 +129,9 @@ def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
     text = classes or ""
     if os.path.isfile(text):
         with reading(text):
-            text = Path(text).read_text(encoding="utf-8")
-    names = tuple(name.strip() for name in re.split("[,\n]", text.strip()))
+            text = Path(text).read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in re.split("[,\n]", text.strip())]
+    names = tuple(line for line in lines if not line.startswith(("#", "__ignore__")))  # labelme's
     require(2 <= len(set(names)) == len(names) <= IGNORE and all(names),
             f"--classes {classes}: folder needs 2 to {IGNORE} different names: a file, or a,b,c")
     return replace(DATASETS[name], classes=names)
@@ -145,6 +151,7 @@ class DataOptions:
     labeled_list: str | None = option(None, "or a file: an id, or image and mask path, a line")
     unlabeled_list: str | None = option(None, "likewise; without it the full training list is used")
     download: bool = option(False, "fetch published lists, and VOC2012 through torchvision")
+    lists: str | None = option(None, "refuse other lists of images than those with this digest")
 
     def __post_init__(self):
         if self.dataset == "folder":  # names, not a file's path: checkpoints keep them
@@ -204,6 +211,12 @@ class Data:
             counts += np.bincount(mask.ravel(), minlength=IGNORE + 1)
         return torch.from_numpy(counts[: self.info.num_classes])
 
+    @property
+    def digest(self) -> str:
+        """Of what is learned from and what is scored; runs and evaluations notice other lists."""
+        parts = (self.labeled, self.unlabeled, self.val, self.tune)
+        return digest_of([[sample.image for sample in part] for part in parts])
+
     def recipe(self, batch_size: int | None, epochs: int | None) -> dict:
         """What the recipe gives options that are left open; some follow from those that are not."""
         info, batch = self.info, batch_size or self.info.batch_size
@@ -212,7 +225,12 @@ class Data:
                  "ohem")
         return {**{name: getattr(info, name) for name in names},
                 "lr": info.lr * batch / info.batch_size,  # linear in the batch size
-                "iterations": (epochs or info.epochs) * steps, "eval_every": max(steps, 200)}
+                "iterations": (epochs or info.epochs) * steps, "eval_every": max(steps, 200),
+                "lists": self.digest}
+
+
+def digest_of(lists: list[list[str]]) -> str:
+    return hashlib.sha256(repr(lists).encode()).hexdigest()[:12]
 
 
 def published_lists(dataset: str) -> dict[str, dict[str, str]]:
@@ -259,7 +277,7 @@ def read_list(path: Path, root: Path) -> list[Sample]:
     """One sample a line: an id of VOC's, or an image path and a mask path relative to `root`."""
     require(path.is_file(), f"no list at {path}")
     with reading(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     samples: dict[str, Sample] = {}
     for number, line in enumerate(lines, 1):
         words, here = line.split(), f"{path}, line {number}"
@@ -315,14 +333,25 @@ def mask_of(image: str, root: Path) -> str:
 
 
 def pictures_in(folder: Path) -> dict[str, str]:
-    """{name without suffix: path relative to the data set's folder}."""
+    """{name without suffix: path relative to the data set's folder}; says what is left out."""
     found: dict[str, str] = {}
-    for file in sorted(names_in(folder)):
-        name, suffix = os.path.splitext(file)
-        if suffix.lower() in PICTURES and not file.startswith("."):
+    left_out = []
+    for file in sorted(file for file in names_in(folder) if not file.startswith(".")):
+        name, suffix = os.path.splitext(unicodedata.normalize("NFC", file))  # Macs write NFD
+        if suffix.lower() in PICTURES:
             require(name not in found, f"{folder} holds {file} and another picture called {name}")
             found[name] = f"{folder.name}/{file}"
+        else:
+            left_out.append(file)
+    if left_out:
+        say(f"left out of {folder}: {len(left_out)} files or folders that are not "
+            f"{' '.join(PICTURES)}, such as {left_out[0]}")
     return found
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a picture is of the fifth for validation: its name decides, now and for ever."""
+    return hashlib.sha256(name.encode()).digest()[0] < 256 / 5
 
 
 def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
@@ -332,14 +361,14 @@ def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
     alone = [*(masks.keys() - images.keys()), *(val_masks.keys() ^ val_images.keys())]
     require(not alone, f"{root}: {alone[:1]} is a mask without picture, or has none for validation")
     val = [Sample(val_images[name], val_masks[name]) for name in sorted(val_masks)]
-    if not val:  # a fifth, the same one each time
-        pairs = [Sample(images[name], masks[name]) for name in sorted(masks)]
-        held_out = np.random.default_rng(0).permutation(len(pairs))[: max(1, len(pairs) // 5)]
-        val = [pairs[index] for index in sorted(held_out)]
+    if not val:
+        val = [Sample(images[name], masks[name]) for name in sorted(masks) if is_held_out(name)]
+        require(bool(val), f"none of the {len(masks)} images/ with masks/ in {root} is of the fifth "
+                           f"for validation: add some, or put some into val_images/ and val_masks/")
     train = [Sample(image, masks.get(name)) for name, image in images.items()]
     train = [sample for sample in train if sample not in val]
     train += [Sample(image, None) for image in pictures_in(root / "unlabeled").values()]
-    require(any(sample.mask for sample in train), f"{root} needs at least two images/ with masks/")
+    require(any(sample.mask for sample in train), f"{root} needs more images/ with masks/")
     return train, val
 
 
@@ -394,7 +423,7 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
         return read_list(Path(options.labeled_list), root)
     if info.name == "folder":
         pairs = sorted([sample for sample in train if sample.mask], key=lambda sample: sample.name)
-        if labeled == "all":
+        if labeled == "all" and seed is None:
             return pairs
         count = images_asked_for(labeled, len(pairs))
         return covering_choice(pairs, root, info.num_classes, count, seed or 0)
@@ -422,6 +451,8 @@ def load_data(options: DataOptions) -> Data:
     info = dataset_info(options.dataset, options.classes)
     name, root = info.name, Path(options.data_root or f"data/{info.name}")
     labeled_name = options.labeled or info.default_labeled
+    require(not options.labeled_list or options.labeled is None and options.split_seed is None,
+            "--labeled-list says which images are labeled: leave --labeled and --split-seed out")
     names_in.cache_clear()
     with main_first():
         if info.embedded:
@@ -455,6 +486,8 @@ def load_data(options: DataOptions) -> Data:
     tag = f"{name}_{labeled_name.replace('/', '_')}{random}"
     data = Data(info, root, labeled, unlabeled, val, tune, tag)
     check_lists(data)
+    require(options.lists in (None, data.digest),
+            f"the lists of images in {root} have the digest {data.digest}, not {options.lists}")
     return data
 
 
@@ -471,32 +504,78 @@ def check_lists(data: Data) -> None:
             path = data.root / file
             require(path.name in names_in(path.parent),
                     f"{path} is listed but missing: {SOURCES.get(data.info.name)}")
+    if data.info.name == "folder":
+        check_contents([data.root / sample.image for sample in training],
+                       [data.root / sample.image for sample in evaluation])
+
+
+def check_contents(training: list[Path], evaluation: list[Path]) -> None:
+    """Copies of a picture under two names must not be learned from and scored."""
+    known: dict[int, list[Path]] = {}
+    for path in training:
+        known.setdefault(path.stat().st_size, []).append(path)
+    for path in evaluation:
+        copies = [other for other in known.get(path.stat().st_size, ())
+                  if other.read_bytes() == path.read_bytes()]
+        require(not copies, f"{path} is scored, and trained on as {copies[:1]}: remove one of them")
 
 
 # ---------------------------------------------------------------- reading
 
 
+Image.MAX_IMAGE_PIXELS = None  # against bombs; here somebody has named the file
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """The one picture in a file."""
+    with reading(path), Image.open(path) as image:
+        pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's
+        require(pages == 1, f"{path} holds {pages} pictures: save each as a file of its own")
+        yield image
+
+
+def eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """16-bit grey values / 257. Raises UserError where 0 to 255 cannot be told from the file."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    is_short = image.mode != "I" or image.format == "PNG"
+    require(image.mode != "F" and is_short and values.max() >= 16384,
+            f"{path} holds values from {values.min()} to {values.max()} ({image.mode}), of which "
+            f"nobody knows what is white: save it with 8 bits, or 16 of which all are used")
+    return Image.fromarray((values // 257).astype(np.uint8))
+
+
 def open_image(path: Path) -> Image.Image:
-    """An RGB picture, upright as its EXIF data say; 16-bit grey values are divided by 257."""
-    with reading(path), Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # convert would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return image.convert("RGB")
+    """An RGB picture, upright as its EXIF data say."""
+    with opened(path) as image:
+        return eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+
+
+def is_turned(path: Path) -> bool:
+    with opened(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def open_mask(path: Path, num_classes: int) -> np.ndarray:
     """uint8 [H, W] of class indices and 255. Raises UserError for any other label."""
-    with reading(path), Image.open(path) as image:
+    with opened(path) as image:
+        require(image.format not in ("JPEG", "MPO"), f"{path} is a JPEG file, which invents labels "
+                                                     f"at edges: save masks as PNG")
+        stored = re.search("'L;([24])'", str(image.tile))  # bits, which Pillow stretches to 0..255
         mask = np.array(image)
         require(mask.ndim == 2, f"the mask {path} is no picture of class indices but {image.mode}")
-        if path.name.endswith("_gtFine_labelIds.png"):
-            mask = FROM_LABEL_ID[mask]
+    if stored:
+        mask = mask // (255 // (2 ** int(stored[1]) - 1))
+    if path.name.endswith("_gtFine_labelIds.png"):
+        mask = FROM_LABEL_ID[mask]
     if path.parent.name.endswith("annot"):  # SegNet's void is the label after the last class
         mask[mask == num_classes] = IGNORE
-    wrong = mask[(mask >= num_classes) & (mask != IGNORE)]
-    require(not len(wrong), f"the mask {path} holds the label {wrong[:1]}; there are {num_classes} "
-                            f"classes (0 to {num_classes - 1}, and {IGNORE} = ignore)")
+    known = (mask >= 0) & (mask < num_classes) & (mask == mask.astype(int)) | (mask == IGNORE)
+    require(bool(known.all()),
+            f"the mask {path} holds the label {mask[~known][:1]}; there are {num_classes} "
+            f"classes (0 to {num_classes - 1}, and {IGNORE} = ignore)")
     return mask.astype(np.uint8)
 
 
@@ -506,8 +585,11 @@ def read_sample(sample: Sample, root: Path, num_classes: int):
     if sample.mask is not None:
         mask = open_mask(root / sample.mask, num_classes)
         size = mask.shape[::-1]
-        require(size == image.size, f"the mask {root / sample.mask} is {size[0]}x{size[1]} pixels, "
-                                    f"its image {image.width}x{image.height}")
+        if size != image.size:
+            turned = is_turned(root / sample.image)
+            raise UserError(
+                f"the mask {root / sample.mask} is {size[0]}x{size[1]} pixels, its image "
+                f"{image.width}x{image.height}{', turned by its EXIF data' if turned else ''}")
     return image, mask
 
 
@@ -609,11 +691,17 @@ def default_workers(device: torch.device) -> int:
 
 def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    os.setpgrp()  # Ctrl-C or SIGTERM for the trainer's group is the trainer's alone: it saves first
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()  # Ctrl-C or SIGTERM for the trainer's group is the trainer's alone: it saves first
 
 
 def make_loader(dataset: Dataset, device: torch.device, num_workers: int | None, **options):
     workers = default_workers(device) if num_workers is None else num_workers
+    if workers and os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free >> 20  # through which workers send batches
+        if free < 60 * workers:  # where it is too small, they wait for ever
+            say(f"loading without workers, as /dev/shm has {free} MB left (Docker: --shm-size 8g)")
+            workers = 0
     # A loader draws a seed when it starts: from its own generator, not from training's.
     return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda",
                       worker_init_fn=prepare_worker, generator=torch.Generator(), **options)
@@ -629,8 +717,21 @@ def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: in
     batches = TrainingBatches(sizes, batch_size, seed, start, total)
     require(batches.per_rank * len(sizes) > 1, f"--batch-size {batch_size} leaves one image a "
                                                f"rank: batch norm needs two")
+    check_labels(data)
     return make_loader(TrainingSet(data, crop, seed), device, num_workers, batch_sampler=batches,
                        collate_fn=collate_training)
+
+
+def check_labels(data: Data) -> None:
+    """Names classes without a labeled pixel. Raises UserError if there is nothing to learn."""
+    masks = (open_mask(data.root / sample.mask, data.info.num_classes) for sample in data.val)
+    require(any((mask != IGNORE).any() for mask in masks), "no pixel of the val list has a label")
+    seen = data.class_pixels > 0
+    without = [name for name, some in zip(data.info.classes, seen) if not some]
+    require(int(seen.sum()) > 1, f"the masks of {data.root} show one class or none, nothing of "
+                                 f"{', '.join(without)}: classes are 0, 1, 2, ...; 255 is ignored")
+    if without:
+        say(f"warning: no labeled pixel is {' or '.join(without)}")
 
 
 def evaluation_loader(samples: list[Sample], data: Data, device, num_workers: int | None = None):
@@ -643,9 +744,10 @@ def evaluation_loader(samples: list[Sample], data: Data, device, num_workers: in
 
 
 def main() -> None:
-    data = load_data(parse(DataOptions, __doc__))
+    arguments = sys.argv[2:] if sys.argv[1:2] == ["check"] else sys.argv[1:]
+    data = load_data(parse(DataOptions, __doc__, arguments))
     print(f"{data.info.name} in {data.root}")
-    shares, problems = {}, []
+    shares, problems, turned = {}, [], 0
     for name in ("labeled", "unlabeled", "val", "tune"):
         sizes, pixels = [(0, 0)], np.zeros(IGNORE + 1, np.int64)
         for sample in getattr(data, name):
@@ -656,6 +758,7 @@ def main() -> None:
                 continue
             sizes.append(image.size)
             if mask is not None:
+                turned += is_turned(data.root / sample.image)
                 pixels += np.bincount(mask.ravel(), minlength=IGNORE + 1)
         widths, heights = np.array(sizes[1:] or sizes).T
         print(f"{name:10}{len(sizes) - 1:7} images, {widths.min()} to {widths.max()} pixels wide, "
@@ -667,8 +770,12 @@ def main() -> None:
         row = "".join(f"{share[label]:10.2f}" if share[label] else "      none"
                       for share in shares.values())
         print(f"{name:25}{row}")
+    if turned:
+        print(f"\n{turned} pictures with masks are turned by their EXIF data: the masks must be of "
+              f"the upright pictures")
     print("\n".join(["", *problems[:10]]))
     require(not problems, f"{len(problems)} files cannot be used: mend or replace them")
+    check_labels(data)
     print(f"all files can be read; the recipe trains on {data.info.crop}x{data.info.crop} pixels")
 
 

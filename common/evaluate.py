@@ -29,7 +29,7 @@ from common.data import (Data, DataOptions, EvaluationSet, dataset_info, evaluat
                          load_data)
 from common.figures import has_matplotlib, plot_calibration, sample_grid
 from common.runtime import (all_reduce_sum, average_buffers, init_distributed, rank,
-                            read_checkpoint, reading, require, run_main, write_json)
+                            read_checkpoint, reading, require, run_main, say, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 BINS = 15
@@ -325,6 +325,12 @@ def report(results: dict) -> str:
     return "\n".join(lines)
 
 
+def warn_of_other_lists(config: dict, digest: str) -> None:
+    if config.get("lists") not in (None, digest):
+        say("warning: the lists of images are not those of the training: what is scored may have "
+            "been learned from")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,7 +370,9 @@ def main() -> None:
         if args.volumes:
             files, results["split"] = medical.volumes_in(args.volumes), str(args.volumes)
         else:
-            data = medical.load_volumes(data_options(config, medical.VolumeOptions))
+            options = data_options(config, medical.VolumeOptions)
+            data = medical.load_volumes(dataclasses.replace(options, lists=None))
+            warn_of_other_lists(config, data.digest)
             files = getattr(data, args.split)
         require(bool(files), f"{info.name} has no {args.split} list")
         results["released_empty"] = args.released_empty
@@ -374,7 +382,8 @@ def main() -> None:
     else:
         require(not args.volumes and not args.released_empty,
                 "--volumes and --released-empty are for volumes, not for images")
-        data = load_data(data_options(config))
+        data = load_data(dataclasses.replace(data_options(config), lists=None))
+        warn_of_other_lists(config, data.digest)
         results |= {"mode": args.mode or info.evaluation, "threshold": args.threshold}
         results |= evaluate(network, data, args.split, config["crop"], device, args.num_workers,
                             args.threshold, args.mode)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import IGNORE, to_float
-from common.data import TrainingBatches, collate_training, make_loader
+from common.data import TrainingBatches, check_contents, collate_training, digest_of, make_loader
 from common.figures import sample_grid, voc_palette
 from common.runtime import (all_reduce_sum, average_buffers, main_first, option, rank, reading,
                             require, world_size, write_atomically)
@@ -79,6 +79,7 @@ class VolumeOptions:
     split_seed: int | None = option(None, "draw --labeled many patients by this seed", low=0)
     labeled_list: str | None = option(None, "file of labeled volumes: a patient and a name a line")
     unlabeled_list: str | None = option(None, "likewise (other patients of train.txt)")
+    lists: str | None = option(None, "refuse other lists of volumes than those with this digest")
 
 
 # ---------------------------------------------------------------- volumes and lists
@@ -107,6 +108,11 @@ class VolumeData:
     test: list[VolumeFile]
     tag: str  # "acdc_7": for the name of a run folder
     tune: tuple = ()  # volumes have no such list
+
+    @property
+    def digest(self) -> str:
+        parts = (self.labeled, self.unlabeled, self.val, self.test)
+        return digest_of([[f"{file.patient} {file.name}" for file in part] for part in parts])
 
 
 def min_max(image: np.ndarray) -> np.ndarray:
@@ -141,6 +147,18 @@ def write_volume(path: Path, volume: Volume) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
+def turn(array: np.ndarray, affine: np.ndarray, back: bool = False) -> np.ndarray:
+    """A NIfTI file's [X, Y, Z] -> axes that go to the left, the back and the head (LPS), or `back`.
+
+    Only the directions in its affine count: the scales of ACDC's headers contradict each other.
+    """
+    from nibabel import orientations
+
+    ways = [orientations.io_orientation(affine), orientations.axcodes2ornt("LPS")]
+    ways = ways[::-1] if back else ways
+    return orientations.apply_orientation(array, orientations.ornt_transform(*ways))
+
+
 def volumes_in(folder: Path) -> list[VolumeFile]:
     """All .npz files of a folder, each a patient of its own."""
     files = [VolumeFile(path.stem, path.stem, path) for path in sorted(folder.glob("*.npz"))]
@@ -152,7 +170,7 @@ def read_list(path: Path, root: Path) -> list[VolumeFile]:
     known = ", ".join(sorted(file.name for file in path.parent.glob("*.txt")))
     require(path.is_file(), f"no list {path}; there are {known or 'none: see common.prepare'}")
     with reading(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         pairs = [(patient, name) for patient, name in map(str.split, filter(str.strip, lines))]
     names = {name for _, name in pairs}
     require(0 < len(names) == len(pairs), f"{path} lists no volume, or one of them twice")
@@ -176,6 +194,8 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
         lists.append(read_list(path, root) if path.is_file() or name != "test" else [])
     train, val, test = lists
     if options.labeled_list:
+        require(options.labeled is None and options.split_seed is None,
+                "--labeled-list says which are labeled: leave --labeled and --split-seed out")
         labeled = read_list(Path(options.labeled_list), root)
         wanted = Path(options.labeled_list).stem
     else:
@@ -195,8 +215,14 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     require(not shared, f"patients {shared[:3]} are in two of train, val and test: no fair score")
     for file in labeled + unlabeled + val + test:
         require(file.path.is_file(), f"{file.path} is listed but missing")
+    for part in (val, test):
+        check_contents([file.path for file in labeled + unlabeled], [file.path for file in part])
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
-    return VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
+    tag = f"{info.name}_{wanted}{drawn}"
+    data = VolumeData(info, root, labeled, unlabeled, val, test, tag)
+    require(options.lists in (None, data.digest),
+            f"the lists of volumes in {root} have the digest {data.digest}, not {options.lists}")
+    return data
 
 
 # ---------------------------------------------------------------- slices to train on

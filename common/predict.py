@@ -22,8 +22,9 @@ from common.augment import normalize
 from common.data import TO_LABEL_ID, DatasetInfo, open_image
 from common.evaluate import Predict, change, class_probabilities, load_predictor
 from common.figures import overlay, save_indexed_png, save_png
-from common.medical import VolumeInfo, min_max, read_volume, segment_volume, write_volume
-from common.runtime import (UserError, init_distributed, reading, require, run_main,
+from common.medical import (VolumeInfo, min_max, read_volume, segment_volume, turn,
+                            write_volume)
+from common.runtime import (UserError, explain, init_distributed, reading, require, run_main,
                             write_atomically)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -34,10 +35,10 @@ def find_files(arguments: list[Path], endings: tuple[str, ...]) -> tuple[list[Pa
     """Files, and those in folders that end so -> (each once, a line per argument without one)."""
     files, problems = {}, []
     for argument in arguments:
-        inside = sorted(argument.iterdir()) if argument.is_dir() else [argument]
-        found = [file for file in inside if file.is_file()]
-        if argument.is_dir():
-            found = [file for file in found if file.name.lower().endswith(endings)]
+        found = [argument] if argument.is_file() else []
+        if argument.is_dir():  # without macOS's ._ doubles
+            found = [file for file in sorted(argument.iterdir()) if file.is_file()
+                     and file.name.lower().endswith(endings) and not file.name.startswith(".")]
         if not found:
             problems.append(f"{argument} is no file, and no folder with any ({' '.join(endings)})")
         files.update((file.resolve(), file) for file in found)
@@ -103,7 +104,7 @@ def predict_nifti(predict: Predict, source: Path, target: Path, size: int,
     with reading(source):
         original = nibabel.load(source)
         image = np.asarray(original.dataobj, np.float32)
-        image = image.reshape(image.shape[:3]).T  # [X, Y, Z, 1, ...] -> [Z, Y, X]
+        image = turn(image.reshape(image.shape[:3]), original.affine).T  # [Z, Y, X]
     require(image.ndim == 3 and bool(np.isfinite(image).all()),
             f"{source} does not hold finite numbers [X, Y, Z]")
     label = segment_volume(predict, min_max(image), size, device)
@@ -111,7 +112,8 @@ def predict_nifti(predict: Predict, source: Path, target: Path, size: int,
         header = original.header.copy()
         header.set_data_dtype(np.uint8)
         header["cal_min"] = header["cal_max"] = 0  # the brightness that viewers would show
-        content = type(original)(label.T, original.affine, header).to_bytes()
+        label = turn(label.T, original.affine, back=True)
+        content = type(original)(label, original.affine, header).to_bytes()
     if target.suffix.lower() == ".gz":
         content = gzip.compress(content)
     write_atomically(target, lambda temporary: temporary.write_bytes(content))
@@ -142,10 +144,12 @@ def main() -> int:
                 mode = args.mode or info.evaluation
                 predict_picture(predict, file, targets, info, mode, crop, device)
             print(f"{file} -> {targets[0]}")
-        except torch.OutOfMemoryError:
-            problems.append(f"{file} does not fit into memory: try --mode sliding")
         except UserError as error:
             problems.append(str(error))
+        except (RuntimeError, MemoryError) as error:
+            if explain(error) is None:
+                raise
+            problems.append(f"{file}: {explain(error)}")
     for problem in problems:
         print(f"error: {' '.join(problem.split())}", file=sys.stderr)
     return 1 if problems else 0

@@ -23,9 +23,9 @@ from PIL import Image, ImageSequence
 from torchvision.datasets import SBDataset
 
 from common.augment import IGNORE
-from common.data import DATASETS, published_list, published_lists, voc_folder
+from common.data import DATASETS, eight_bits, published_list, published_lists, voc_folder
 from common.figures import save_png
-from common.medical import Volume, min_max, write_volume
+from common.medical import Volume, min_max, turn, write_volume
 from common.runtime import Parser, reading, require, run_main, write_atomically
 
 
@@ -145,7 +145,8 @@ def prepare_lucchi(source: Path, root: Path) -> None:
 def read_stack(path: Path) -> np.ndarray:
     """All pages of a TIFF file: uint8 [N, H, W]."""
     with reading(path), Image.open(path) as stack:
-        return np.stack([np.asarray(page.convert("L")) for page in ImageSequence.Iterator(stack)])
+        pages = [eight_bits(page, path).convert("L") for page in ImageSequence.Iterator(stack)]
+        return np.stack(pages)
 
 
 # ---------------------------------------------------------------- medical volumes
@@ -170,8 +171,8 @@ SPLITS = {"mscmrseg": (35, 45, 2019), "prostate": (22, 32, 2018)}  # train of al
 def prepare_volumes(dataset: str, source: Path, root: Path, download: bool) -> None:
     """Files of the owners -> volumes/<volume>.npz and lists/*.txt.
 
-    Nothing is resampled or turned: NIfTI's [X, Y, Z] is transposed to [Z, Y, X], as SSL4MIS stores
-    it. Intensities are min-max normalised per volume.
+    Nothing is resampled. NIfTI's axes are turned to the left, back and head, so that image and label
+    agree, and transposed to [Z, Y, X]. Intensities are min-max normalised per volume.
     """
     volumes = find_volumes(dataset, source)
     require(len(volumes) > 1, f"no two labeled volumes of {dataset} below {source}")
@@ -247,13 +248,16 @@ def read_array(path: Path, name: str) -> tuple[np.ndarray, tuple[float, ...] | N
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)  # to its check sum, where nibabel would not look
-        array = np.asarray(nibabel.Nifti1Image.from_bytes(content).dataobj)
+        image = nibabel.Nifti1Image.from_bytes(content)
+        array = np.asarray(image.dataobj)
         header = nibabel.Nifti1Header(content[:348], check=False)  # the check makes 1 mm of 0
-        spacing = tuple(abs(float(zoom)) for zoom in header.get_zooms()[2::-1])
-        require(all(0 < zoom < np.inf for zoom in spacing), f"{path}: voxels of {spacing} mm")
+        zooms = tuple(abs(float(zoom)) for zoom in header.get_zooms()[:3])
+        require(all(0 < zoom < np.inf for zoom in zooms), f"{path}: voxels of {zooms} mm")
         if path.parent.name == "imagesTr":
             array = array.reshape(*array.shape[:3], -1)[..., 0]  # T2, beside ADC
-        return array.reshape(array.shape[:3]).transpose(2, 1, 0), spacing
+        axes = nibabel.io_orientation(image.affine)[:, 0].tolist()  # where x, y, z go
+        spacing = tuple(zooms[axes.index(axis)] for axis in (2, 1, 0))
+        return turn(array.reshape(array.shape[:3]), image.affine).T, spacing
 
 
 def random_splits(names: list[str], train: int, total: int, seed: int) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ import json
 import math
 import operator
 import os
+import pickle
 import select
 import signal
 import socket
@@ -49,10 +50,28 @@ def run_main(main) -> None:
         line = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
         complain(f"error: {line}")
         status = 1
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        complain(f"error: {line}")
+        status = 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     sys.exit(status)
+
+
+def explain(error: Exception) -> str | None:
+    """What the user can do about an error of PyTorch's; None where it is none of these."""
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if memory or "can't allocate memory" in str(error):
+        return ("out of memory: lower --batch-size or --crop, or take --checkpoint-activations; "
+                "for large pictures --mode sliding")
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().splitlines()[0]
+        return f"--compile failed, install a C++ compiler or leave it out: {reason}"
+    return None
 
 
 def complain(line: str) -> None:
@@ -160,7 +179,7 @@ def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     return rank(), world_size(), torch.device(name)
 
@@ -284,10 +303,22 @@ def write_json(path: Path, value) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+def read_tensors(path: str | Path):
+    """What torch.save wrote, on the CPU. Raises UserError for anything else than tensors."""
+    with reading(path):
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip().lower()
+        require(not start.startswith((b"<", b"version https://git-lfs")),
+                f"{path} is a web page or a pointer of Git LFS, not the file itself")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # whose text advises to trust the file
+            raise UserError(f"{path} is no PyTorch file, or holds more than tensors") from error
+
+
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint's content, on the CPU."""
-    with reading(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_tensors(path)
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
     require(known, f"{path} is not a checkpoint of this project (format {FORMAT})")
     return checkpoint
@@ -323,7 +354,8 @@ class Checkpoint:
 
     def check_options(self, checkpoint: dict) -> None:
         theirs = checkpoint["config"]
-        changed = [f"--{name.replace('_', '-')} {theirs[name]}"
+        changed = ["other images, as its lists have changed" if name == "lists"
+                   else f"--{name.replace('_', '-')} {theirs[name]}"
                    for name, value in self.config.items()
                    if name not in RESUMABLE and name in theirs and theirs[name] != value]
         if checkpoint["method"] != self.method:

@@ -5,6 +5,7 @@ import http.client
 import io
 import multiprocessing
 import os
+import shutil
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from PIL import Image
 
 from common import data as module
 from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingBatches, TrainingSet,
-                         covering_choice, dataset_info, evaluation_loader, images_asked_for,
-                         load_data, make_loader, open_image, open_mask,
-                         published_list, published_lists, read_list, training_loader)
+                         check_labels, covering_choice, dataset_info, evaluation_loader,
+                         images_asked_for, load_data, make_loader, open_image, open_mask,
+                         published_list, published_lists, read_list, read_sample, training_loader)
 from common.runtime import UserError
 from programs import run_as_program
 
@@ -103,6 +104,8 @@ def test_names_of_ones_own_classes(tmp_path):
         assert "--classes" in error_of(dataset_info, "folder", classes)
     assert "has its own" in error_of(dataset_info, "pascal", "a,b")
     assert "pascal" in error_of(dataset_info, "nonsense")
+    of_labelme = write(tmp_path / "labels.txt", ["\ufeff__ignore__", "# ours", "_background_", "cat"])
+    assert dataset_info("folder", str(of_labelme)).classes == ("_background_", "cat")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00a")
     assert "binary" in error_of(dataset_info, "folder", str(tmp_path / "binary"))
 
@@ -112,7 +115,7 @@ def test_names_of_ones_own_classes(tmp_path):
 
 def test_list_formats(tmp_path):
     path = tmp_path / "list.txt"
-    path.write_text("2007_000032\n\n  2007_000039  \r\na/left.png b/left_label.png\n"
+    path.write_text("\ufeff2007_000032\n\n  2007_000039  \r\na/left.png b/left_label.png\n"
                     "./J/x.jpg\t m//x.png\n\nonly.jpeg\n/J/usrn.jpg /S/usrn.png\n")
     assert read_list(path, tmp_path) == [
         Sample("JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000032.png"),
@@ -232,20 +235,23 @@ def test_the_recipe_follows_the_options(voc):
 def test_lists_of_ones_own(voc, voc_root, tmp_path):
     lines = [f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in ids(voc_root)]
     own = write(tmp_path / "own.txt", lines[:2])
-    data = load_data(replace(voc, labeled_list=str(own)))
+    data = load_data(replace(voc, labeled=None, labeled_list=str(own)))
     assert names(data.labeled) == ids(voc_root)[:2] and data.tag == "pascal_own"
     assert names(data.unlabeled) == ids(voc_root)[2:]
     data = load_data(replace(voc, unlabeled_list=str(own)))
     assert names(data.unlabeled) == ids(voc_root)[:1]  # the second one is labeled
     write(own, [f"JPEGImages/{ids(voc_root)[0]}.jpg"])
-    assert "mask" in error_of(load_data, replace(voc, labeled_list=str(own)))
+    assert "mask" in error_of(load_data, replace(voc, labeled=None, labeled_list=str(own)))
+    for also in ({"labeled": "3"}, {"split_seed": 3}):  # would not be looked at
+        options = replace(voc, **({"labeled": None, "labeled_list": str(own)} | also))
+        assert "--labeled-list" in error_of(load_data, options)
 
 
 def test_validation_images_are_not_trained_on(voc, voc_root, tmp_path):
     leaked = ids(voc_root, "val")[1]
     for line in (leaked, f"./JPEGImages/{leaked}.jpg ./SegmentationClass/{leaked}.png"):
         own = str(write(tmp_path / "own.txt", [ids(voc_root)[0], line]))
-        for changes in ({"labeled_list": own}, {"unlabeled_list": own}):
+        for changes in ({"labeled_list": own, "labeled": None}, {"unlabeled_list": own}):
             message = error_of(load_data, replace(voc, **changes))
             assert f"JPEGImages/{leaked}.jpg" in message and "val" in message
     write(voc_root / "ImageSets" / "Segmentation" / "tune.txt", ids(voc_root)[:1])
@@ -333,7 +339,8 @@ def test_masks_in_either_folder(voc, voc_root, tmp_path):
     """USRN's lists name SegmentationClassAug, VOC's ids SegmentationClass; users have either."""
     first, second, validation = *ids(voc_root)[:2], ids(voc_root, "val")[0]
     lines = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in (first, second)]
-    options = replace(voc, labeled_list=str(write(tmp_path / "usrn.txt", lines)))
+    own = str(write(tmp_path / "usrn.txt", lines))
+    options = replace(voc, labeled=None, labeled_list=own)
     aug = voc_root / "SegmentationClassAug"
     aug.mkdir()
     for name in (second, validation):
@@ -373,7 +380,8 @@ def test_cityscapes(cityscapes, image, mask):
     root, chosen = Path(cityscapes.data_root), CITIES["train"][1:3]
     line = f"{image}/{{name}}_leftImg8bit.png {mask}/{{name}}_gtFine_labelTrainIds.png"
     lines = [line.format(city=name.split("_")[0], name=name) for name in chosen]
-    options = replace(cityscapes, labeled_list=str(write(root / "labeled.txt", lines)))
+    own = str(write(root / "labeled.txt", lines))
+    options = replace(cityscapes, labeled=None, labeled_list=own)
     data = load_data(options)
     assert names(data.labeled) == [f"{name}_leftImg8bit" for name in chosen]
     assert [name[:10] for name in names(data.unlabeled)] == ["aachen_000", "ulm_000094"]
@@ -467,20 +475,56 @@ def folder(tmp_path) -> DataOptions:
     return DataOptions(dataset="folder", data_root=str(tmp_path), classes="background,road,a tree")
 
 
-def test_ones_own_pictures(folder):
-    data = load_data(folder)
+def test_ones_own_pictures(folder, capsys):
+    root, data = Path(folder.data_root), load_data(folder)
     assert data.info.classes == ("background", "road", "a tree") and data.tag == "folder_all"
-    assert len(data.labeled) == 8 and len(data.val) == 2 and data.tune == []
+    assert len(data.labeled) == 9 and len(data.val) == 1 and data.tune == []
     masked = ["my holiday", *(f"p{number:02}" for number in range(1, 10))]
     assert sorted(names(data.labeled + data.val)) == masked
     assert names(data.unlabeled) == [f"p{number}" for number in range(10, 15)]
     for labeled, count in (("2", 2), ("1/4", 2), ("6", 6)):
         some = load_data(replace(folder, labeled=labeled))
-        assert len(some.labeled) == count and len(some.unlabeled) == 13 - count
+        assert len(some.labeled) == count and len(some.unlabeled) == 14 - count
         assert some.val == data.val and (some.class_pixels > 0).all()
     draws = [load_data(replace(folder, labeled="4", split_seed=n)).labeled for n in range(6)]
     assert len({tuple(draw) for draw in draws}) > 1
-    assert "1 to 8" in error_of(load_data, replace(folder, labeled="9"))
+    assert "1 to 9" in error_of(load_data, replace(folder, labeled="10"))
+    assert "--labeled all" in error_of(load_data, replace(folder, split_seed=1))
+    own = str(write(root / "own.txt", [f"{data.labeled[1].image} {data.labeled[1].mask}"]))
+    one = str(write(root / "one.txt", ["unlabeled/p12.png"]))
+    some = load_data(replace(folder, labeled_list=own, unlabeled_list=one))
+    assert some.labeled == data.labeled[1:2] and names(some.unlabeled) == ["p12"]
+    (root / "unlabeled" / "city").mkdir()
+    Image.new("RGB", (9, 9)).save(root / "unlabeled" / "more.ppm")
+    Image.new("RGB", (9, 9)).save(root / "unlabeled" / "._p12.png", "PNG")
+    capsys.readouterr()
+    assert len(load_data(folder).unlabeled) == len(data.unlabeled)
+    assert "unlabeled: 2 files or folders" in capsys.readouterr().out
+
+
+def test_a_picture_keeps_its_side(tmp_path):
+    """More labels move no picture from training to validation or back."""
+    sides = {}
+    for number in range(60):
+        image = np.full((4, 4, 3), number, np.uint8)
+        picture(tmp_path / "images" / f"é{number}.png", image)
+        picture(tmp_path / "masks" / f"e\u0301{number}.png", image[..., 0] % 2)  # as on a Mac
+        if number > 8:
+            data = load_data(DataOptions("folder", str(tmp_path), "a,b"))
+            now = {name: "val" for name in names(data.val)}
+            now |= {name: "train" for name in names(data.labeled)}
+            assert len(now) == number + 1 and sides.items() <= now.items()
+            sides = now
+    assert 4 < list(sides.values()).count("val") < 24
+    digest = data.digest
+    assert load_data(DataOptions("folder", str(tmp_path), "a,b", lists=digest)).digest == digest
+    copied = (tmp_path / data.val[0].image).read_bytes()
+    (tmp_path / "unlabeled").mkdir()
+    (tmp_path / "unlabeled" / "copy.png").write_bytes(copied)
+    options = DataOptions("folder", str(tmp_path), "a,b", lists=digest)
+    assert "copy.png" in error_of(load_data, options)
+    (tmp_path / "unlabeled" / "copy.png").write_bytes(copied[:-1])
+    assert digest in error_of(load_data, options)
 
 
 def test_mistakes_in_ones_own_folder(folder):
@@ -523,6 +567,23 @@ def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, suffix):
     assert read.shape == (6, 10, 3) and np.abs(read[..., 0] - values / 65535 * 255).max() < 1
 
 
+@pytest.mark.parametrize("pixels", [
+    np.linspace(0, 1, 12, dtype=np.float32), np.arange(12, dtype=np.int32),
+    np.arange(0, 4096, 342, dtype=np.uint16)])
+def test_pictures_whose_range_nobody_knows(tmp_path, pixels):
+    picture(tmp_path / "grey.tif", pixels.reshape(3, 4))
+    message = error_of(open_image, tmp_path / "grey.tif")
+    assert "grey.tif" in message and "8 bits" in message
+
+
+def test_stacks_are_no_pictures(tmp_path):
+    pages = [Image.new("L", (4, 3), number) for number in range(3)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    for read, *more in ((open_image,), (open_mask, 21)):
+        message = error_of(read, tmp_path / "stack.tif", *more)
+        assert "stack.tif" in message and "3 pictures" in message
+
+
 @pytest.mark.parametrize("orientation, row, column", [
     (1, 0, 0), (2, 0, -1), (3, -1, -1), (4, -1, 0), (5, 0, 0), (6, 0, -1), (7, -1, -1), (8, -1, 0)])
 def test_pictures_stand_upright(tmp_path, orientation, row, column):
@@ -560,6 +621,48 @@ def test_masks_that_cannot_be(tmp_path):
     Image.new("LA", (8, 6)).save(path)
     message = error_of(open_mask, path, 21)
     assert str(path) in message and "LA" in message
+    for value in (0.5, np.nan, -2.0, np.int32(-2), np.int32(-300)):
+        picture(tmp_path / "mask.tif", np.full((4, 6), value, getattr(value, "dtype", np.float32)))
+        assert "mask.tif" in error_of(open_mask, tmp_path / "mask.tif", 21)
+    Image.new("L", (8, 6)).save(tmp_path / "mask.jpg")
+    assert "PNG" in error_of(open_mask, tmp_path / "mask.jpg", 21)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_hold_their_own_numbers(bits, tmp_path):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4) % min(2**bits, 12)
+    image = Image.fromarray(values.astype(bool)) if bits == 1 else Image.fromarray(values)
+    image.save(tmp_path / "mask.png", bits=bits)
+    assert (tmp_path / "mask.png").read_bytes()[24] == bits
+    assert np.array_equal(open_mask(tmp_path / "mask.png", 21), values)
+
+
+def test_a_photograph_that_is_turned_and_its_mask(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 6)).save(tmp_path / "photo.jpg", exif=exif)
+    picture(tmp_path / "stored.png", np.zeros((6, 8), np.uint8))
+    picture(tmp_path / "upright.png", np.zeros((8, 6), np.uint8))
+    assert read_sample(Sample("photo.jpg", "upright.png"), tmp_path, 2)[1].shape == (8, 6)
+    assert "EXIF" in error_of(read_sample, Sample("photo.jpg", "stored.png"), tmp_path, 2)
+    assert module.is_turned(tmp_path / "photo.jpg") and not module.is_turned(
+        tmp_path / "upright.png")
+
+
+def test_what_cannot_be_learned_from_is_said_before_the_first_step(folder, capsys):
+    root = Path(folder.data_root)
+    check_labels(load_data(folder))
+    assert "warning" not in capsys.readouterr().out
+    check_labels(load_data(replace(folder, classes="background,road,a tree,a cat")))
+    assert "no labeled pixel is a cat" in capsys.readouterr().out
+    for path in (root / "masks").iterdir():  # 0 and 255, as labelling tools write two classes
+        mask = np.array(Image.open(path))
+        picture(path, np.where(mask > 0, 255, 0).astype(np.uint8))
+    message = error_of(check_labels, load_data(replace(folder, classes="background,cell")))
+    assert "cell" in message and "255" in message
+    for path in (root / "masks").iterdir():
+        picture(path, np.full_like(np.array(Image.open(path)), 255))
+    assert "val" in error_of(check_labels, load_data(replace(folder, classes="background,cell")))
 
 
 def test_cut_off_and_foreign_files_are_named(voc_root):
@@ -638,6 +741,14 @@ def batches_of(data, workers=0, start=0, total=4, unlabeled=True) -> list[dict]:
 
 def same(ours: dict, theirs: dict) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_without_shared_memory_there_are_no_workers(voc, monkeypatch, capsys):
+    data, usage = load_data(voc), shutil.disk_usage("/dev/shm")
+    for free, workers in ((64 << 20, 1), (2 << 20, 0)):  # Docker gives 64 MB
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        assert make_loader(EvaluationSet(data.val, data.root, 21), CPU, 1).num_workers == workers
+    assert "--shm-size" in capsys.readouterr().out
 
 
 def test_workers_ranks_and_resuming_change_no_batch(voc, as_rank):

@@ -323,6 +323,9 @@ def test_command_for_images(checkpoint, command, data, drawn, tmp_path):
     out, _ = command("--checkpoint", path, "--threshold", 0.3, "--mode", "sliding", "--output",
                      output, "--figure", tmp_path / "f.png", "--num-workers", 0, "--set", "crop=24")
     results = json.loads(output.read_text())
+    assert "warning" not in out
+    torch.save({**checkpoint, "config": checkpoint["config"] | {"lists": "other"}}, path)
+    assert "lists of images are not those" in command("--checkpoint", path, "--num-workers", 0)[0]
     network = ev.load_predictor(path, CPU)[0]
     expected = ev.evaluate(network, data, "val", 24, CPU, 0, 0.3, "sliding")
     assert {name: results[name] for name in expected} == expected

@@ -105,13 +105,13 @@ REST = (["d_1", "d_2"], ["e_1", "f_1"])
 
 @pytest.fixture
 def listed(tmp_path) -> VolumeOptions:
-    """Options of a data set whose volumes are empty files: only lists are read here."""
+    """Options of a data set whose volumes are none: only lists are read here."""
     (tmp_path / "lists").mkdir()
     (tmp_path / "volumes").mkdir()
     for name, text in LISTS.items():
         (tmp_path / "lists" / f"{name}.txt").write_text(text)
         for line in filter(str.strip, text.splitlines()):
-            (tmp_path / "volumes" / f"{line.split()[1]}.npz").touch()
+            (tmp_path / "volumes" / f"{line.split()[1]}.npz").write_text(line)
     return VolumeOptions(dataset="acdc", data_root=str(tmp_path), labeled="2")
 
 
@@ -158,13 +158,21 @@ def test_lists_of_ones_own(listed, tmp_path):
     mine.write_text("c c_1\nb b_1\n")
     pool.write_text("a a_2\nb b_2\n")
     # Nothing of a labeled patient is learned from without labels.
-    assert lists_of(listed, labeled_list=str(mine))[:2] == (["c_1", "b_1"], ["a_1", "a_2"])
+    own = {"labeled_list": str(mine), "labeled": None}
+    assert lists_of(listed, **own)[:2] == (["c_1", "b_1"], ["a_1", "a_2"])
     assert lists_of(listed, unlabeled_list=str(pool), labeled="1")[:2] == (["b_1", "b_2"], ["a_2"])
-    both = replace(listed, labeled_list=str(mine), unlabeled_list=str(pool), labeled="7")
+    both = replace(listed, **own, unlabeled_list=str(pool))
     assert lists_of(both)[:2] == (["c_1", "b_1"], ["a_2"])
     assert load_volumes(both).tag == "acdc_mine"
     mine.write_text("d d_1\n")
-    assert "'d'" in refused(listed, labeled_list=str(mine))
+    assert "'d'" in refused(listed, **own)
+    for also in ({"labeled": "2"}, {"split_seed": 3}):  # would not be looked at
+        assert "--labeled-list" in refused(listed, **(own | also))
+    digest = load_volumes(listed).digest
+    assert load_volumes(replace(listed, lists=digest)).digest == digest
+    assert digest in refused(listed, lists=digest, labeled="1")
+    (tmp_path / "volumes" / "d_1.npz").write_bytes((tmp_path / "volumes" / "a_1.npz").read_bytes())
+    assert "d_1.npz is scored" in refused(listed)  # under another patient's name
 
 
 @pytest.mark.parametrize("labeled", ["0", "4", "-1", "two", "1.5", "_split2", "4_split2"])

@@ -232,6 +232,23 @@ def test_unreadable_volumes_are_reported_and_the_others_written(for_volumes, com
     assert [path.name for path in out.iterdir()] == ["SHOUTED.NPZ"]
 
 
+def test_labels_go_back_to_the_axes_of_the_file(for_volumes, command, tmp_path, monkeypatch):
+    nibabel = pytest.importorskip("nibabel", reason="reads NIfTI files, which needs nibabel")
+    array, shown = blobs().T, []  # [X, Y, Z]
+    segment = predict.segment_volume
+    monkeypatch.setattr(predict, "segment_volume", lambda network, image, *rest: shown.append(
+        image) or segment(network, image, *rest))
+    plain = nibabel.Nifti1Image(array, np.diag([-1, -1, 5, 1]))  # to the left, the back, the head
+    for name, codes in (("a", "LPS"), ("b", "RAS"), ("c", "SLA")):
+        turned = plain.as_reoriented(nibabel.orientations.ornt_transform(
+            nibabel.io_orientation(plain.affine), nibabel.orientations.axcodes2ornt(codes)))
+        nibabel.save(turned, tmp_path / f"{name}.nii")
+        assert command("--output", tmp_path / "out", tmp_path / f"{name}.nii")[0] == 0
+        labels = nibabel.load(tmp_path / "out" / f"{name}.nii")
+        assert np.array_equal(np.asarray(labels.dataobj) == 3, np.asarray(turned.dataobj) > 500)
+        assert np.array_equal(shown[-1], shown[0])
+
+
 def test_without_nibabel_the_package_is_named(for_volumes, command, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "nibabel", None)  # as if it were not installed
     (tmp_path / "heart.nii.gz").touch()

@@ -436,6 +436,19 @@ def test_prostate(tmp_path):
     assert all(line.split()[0] == line.split()[1] for line in lines(root, "val_split2"))
 
 
+def test_a_label_with_other_axes_than_its_image(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="writes NIfTI files")
+    write_pair(tmp_path / "i.nii", tmp_path / "l.nii", 1, HEART)
+    expected = prepare.read_pair(tmp_path / "i.nii", tmp_path / "l.nii", HEART)
+    label = nibabel.load(tmp_path / "l.nii")
+    lps, other = (nibabel.orientations.axcodes2ornt(codes) for codes in ("LPS", "SRP"))
+    nibabel.save(label.as_reoriented(nibabel.orientations.ornt_transform(lps, other)),
+                 tmp_path / "turned.nii")
+    volume = prepare.read_pair(tmp_path / "i.nii", tmp_path / "turned.nii", HEART)
+    assert np.array_equal(volume.label, expected.label)
+    assert prepare.read_array(tmp_path / "turned.nii", "label")[1] == pytest.approx(ZOOMS[::-1])
+
+
 @pytest.mark.parametrize(("dataset", "count", "train", "train_split2"), [
     ("mscmrseg", 45, [32, 24, 2, 15], [19, 41, 15, 44]),
     ("prostate", 32, [5, 21, 6, 30], [27, 10, 30, 18])])
@@ -487,7 +500,7 @@ def flip_bit_of_check_sum(path: Path) -> None:
     ("image", lambda path: write_nifti(path, np.zeros((*SHAPE, 2), np.int16)), "(7,5,3)"),
     ("image", lambda path: write_nifti(path, np.full(SHAPE, 7, np.int16)), "constant"),
     ("image", lambda path: voxel(path, np.nan), "nan"),
-    ("image", lambda path: packed(path, lambda raw: raw[:88] + bytes(4) + raw[92:]), "(0.0,"),  # mm
+    ("image", lambda path: packed(path, lambda raw: raw[:88] + bytes(4) + raw[92:]), " 0.0)"),  # mm
     ("label", lambda path: write_nifti(path, np.zeros((5, 7, 3), np.uint8)), "its image [3, 5, 7]"),
     ("label", lambda path: write_nifti(path, np.zeros(SHAPE[:2], np.uint8)), ""),
     ("label", lambda path: voxel(path, 1220), "1220"),

@@ -50,6 +50,7 @@ class Config(RunOptions):
     lr: float | None = option(None, "rate", above=0)
     share: float = option(0.5, "of pixels", low=0, below=1)
     width: float = option(2.0, "of a network", high=8)
+    lists: str | None = option(None, "of images")
     seed: int = option(0, "of everything")
 
 
@@ -95,6 +96,23 @@ def test_a_user_error_is_one_line_and_status_1(capsys, monkeypatch):
     assert [status_of(runtime.run_main, lambda: status) for status in (None, 0, 3)] == [None, 0, 3]
     with pytest.raises(ZeroDivisionError):  # a mistake of ours keeps its traceback
         runtime.run_main(lambda: 1 / 0)
+
+
+def test_what_pytorch_raises_for_the_users_machine_is_explained(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert status_of(runtime.run_main, lambda: torch.empty(2**60, dtype=torch.uint8)) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: out of memory") and "--batch-size" in line
+
+    class InvalidCxxCompiler(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def compile():
+        raise InvalidCxxCompiler("No working C++ compiler found\nand sixty lines more")
+
+    assert status_of(runtime.run_main, compile) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: --compile failed") and line.endswith("compiler found\n")
 
 
 # ---------------------------------------------------------------- ranks
@@ -231,10 +249,14 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
     for content in (b"", b"no checkpoint"):
         path.write_bytes(content)
         assert str(path) in error_of(read_checkpoint, path)
+    for content in (b"\n<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"):
+        path.write_bytes(content)
+        assert "web page or a pointer of Git LFS" in error_of(read_checkpoint, path)
     program = {"format": runtime.FORMAT, "model": path}  # unpickling an object runs its code
     for content in ({"state_dict": {}}, [1], {"format": 1}, program):
         torch.save(content, path)
-        assert str(path) in error_of(read_checkpoint, path)
+        line = error_of(read_checkpoint, path)
+        assert str(path) in line and "weights_only" not in line  # PyTorch advises to trust it
 
 
 def test_reading_names_the_file_and_the_reason():
@@ -319,7 +341,8 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
 
 @pytest.mark.parametrize("options, named", [
     ({"lr": 0.2}, "--lr 0.1"), ({"eval_split": "tune"}, "--eval-split val"),
-    ({"crop": None}, "--crop 33"), ({"amp": True}, "--amp None"), ({"method": "usrn"}, "daw.py")])
+    ({"crop": None}, "--crop 33"), ({"amp": True}, "--amp None"), ({"method": "usrn"}, "daw.py"),
+    ({"lists": "0123abc"}, "lists have changed")])
 def test_a_folder_with_another_run_is_refused(options, named, whole):
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
     line = error_of(Run, whole.folder, **options)
