@@ -290,15 +290,16 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "daw", asdict(config), state)
     start = checkpoint.load()
-    log = Log(config.output, "daw", start, config.iterations, config.log_every, config.eval_every,
+    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * (1 if config.supervised else 2), config.tensorboard)
     stop = StopSignal()
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, not config.supervised, config.num_workers)
 
     def evaluate_now(step: int) -> None:
-        results = evaluate(evaluated, data, config.eval_split, config.crop, device,
-                           config.num_workers)
+        with stop.at_once(step):  # all is saved
+            results = evaluate(evaluated, data, config.eval_split, config.crop, device,
+                               config.num_workers)
         if log.is_best(results):
             checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
         log.evaluation(step, results)
@@ -328,9 +329,9 @@ def train(config: Config) -> None:
         if means := log.step(step, terms):
             more = {} if config.supervised else describe(statistics, config.threshold)
             log.write(step, {**means, **more})
-        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
-        if stop.requested(step) or due:
-            checkpoint.save(step)
+        due = step % (config.save_every or config.eval_every) == 0
+        if stop.requested(step) or due or log.evaluation_is_due(step):
+            checkpoint.save(step, log.pending)
         stop.leave_if_requested(step)
         if log.evaluation_is_due(step):
             evaluate_now(step)

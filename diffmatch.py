@@ -436,16 +436,17 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment and add noise differently
     checkpoint = Checkpoint(config.output, "diffmatch", asdict(config), state)
     start = checkpoint.load()
-    log = Log(config.output, "diffmatch", start, config.iterations, config.log_every,
-              config.eval_every, 2 * config.batch_size, config.tensorboard)
+    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
+              2 * config.batch_size, config.tensorboard)
     stop = StopSignal()
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
     names = ("strong_1",) if config.single_view else ("strong_1", "strong_2")
 
     def evaluate_now(step: int) -> None:
-        results = evaluate(sampler, data, config.eval_split, config.crop, device,
-                           config.num_workers)
+        with stop.at_once(step):  # all is saved
+            results = evaluate(sampler, data, config.eval_split, config.crop, device,
+                               config.num_workers)
         if log.is_best(results):
             checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
         log.evaluation(step, results)
@@ -469,9 +470,9 @@ def train(config: Config) -> None:
 
         if means := log.step(step, terms):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
-        if stop.requested(step) or due:
-            checkpoint.save(step)
+        due = step % (config.save_every or config.eval_every) == 0
+        if stop.requested(step) or due or log.evaluation_is_due(step):
+            checkpoint.save(step, log.pending)
         stop.leave_if_requested(step)
         if log.evaluation_is_due(step):
             evaluate_now(step)

@@ -95,6 +95,7 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
         config, consistency=consistency, rectify_weight=rectify_weight,
         rampup=round(rampup * steps), warmup=round(warmup * steps), lr=info.lr * scale,
         crop=info.crop, channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
+        lists=data.digest,
         output=f"runs/diffrect_{data.tag}_{config.seed}")
     require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
     require(config.sampling_steps <= config.diffusion_steps,
@@ -455,7 +456,7 @@ def train(config: Config) -> None:
     folder = Path(config.output)
     checkpoint = Checkpoint(folder, "diffrect", asdict(config), state)
     start = checkpoint.load()
-    log = Log(folder, "diffrect", start, config.iterations, config.log_every, config.eval_every,
+    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * (1 if supervised else 2), config.tensorboard, metric="dice")
     stop = StopSignal()
     loader = slice_loader(data, config.crop, config.batch_size, config.seed, start,
@@ -463,8 +464,9 @@ def train(config: Config) -> None:
     amp = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
 
     def evaluate_now(step: int) -> None:
-        files = getattr(data, config.eval_split)
-        results = evaluate_volumes(model, files, info, config.crop, device)
+        with stop.at_once(step):  # all is saved
+            files = getattr(data, config.eval_split)
+            results = evaluate_volumes(model, files, info, config.crop, device)
         if log.is_best(results):
             checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
         log.evaluation(step, results)
@@ -544,9 +546,9 @@ def train(config: Config) -> None:
                 terms["rectified_dice"] = rectified_dice.mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
-        if stop.requested(step) or due:
-            checkpoint.save(step)
+        due = step % (config.save_every or config.eval_every) == 0
+        if stop.requested(step) or due or log.evaluation_is_due(step):
+            checkpoint.save(step, log.pending)
         stop.leave_if_requested(step)
         if log.evaluation_is_due(step):
             evaluate_now(step)

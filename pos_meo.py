@@ -331,15 +331,16 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
     start = checkpoint.load()
-    log = Log(config.output, "pos_meo", start, config.iterations, config.log_every,
-              config.eval_every, 2 * config.batch_size, config.tensorboard)
+    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
+              2 * config.batch_size, config.tensorboard)
     stop = StopSignal()
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
 
     def evaluate_now(step: int) -> None:
-        results = evaluate(evaluated, data, config.eval_split, config.crop, device,
-                           config.num_workers)
+        with stop.at_once(step):  # all is saved
+            results = evaluate(evaluated, data, config.eval_split, config.crop, device,
+                               config.num_workers)
         if log.is_best(results):
             checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
         log.evaluation(step, results)
@@ -382,9 +383,9 @@ def train(config: Config) -> None:
             terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
         if means := log.step(step, terms):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
-        if stop.requested(step) or due:
-            checkpoint.save(step)
+        due = step % (config.save_every or config.eval_every) == 0
+        if stop.requested(step) or due or log.evaluation_is_due(step):
+            checkpoint.save(step, log.pending)
         stop.leave_if_requested(step)
         if log.evaluation_is_due(step):
             evaluate_now(step)

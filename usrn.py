@@ -580,15 +580,16 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     folder = Path(config.output)
     checkpoint = Checkpoint(folder, "usrn", asdict(config), state)
     start = checkpoint.load()
-    log = Log(folder, "usrn", start, config.iterations, config.log_every, config.eval_every,
+    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * (2 if "OST" in parts else 1), config.tensorboard)
     stop = StopSignal()
     loader = training_loader(labels or data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, "OST" in parts, config.num_workers)
 
     def evaluate_now(step: int) -> None:
-        results = evaluate(evaluated, data, config.eval_split, config.crop, device,
-                           config.num_workers)
+        with stop.at_once(step):  # all is saved
+            results = evaluate(evaluated, data, config.eval_split, config.crop, device,
+                               config.num_workers)
         if log.is_best(results):
             checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
         log.evaluation(step, results)
@@ -610,9 +611,9 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
 
         if means := log.step(step, terms):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
-        if stop.requested(step) or due:
-            checkpoint.save(step)
+        due = step % (config.save_every or config.eval_every) == 0
+        if stop.requested(step) or due or log.evaluation_is_due(step):
+            checkpoint.save(step, log.pending)
         stop.leave_if_requested(step)
         if log.evaluation_is_due(step):
             evaluate_now(step)

@@ -35,6 +35,8 @@ DEFAULT_WEIGHTS = {
     "tiny": str(Path(__file__).with_name("tiny_encoder.pt")),
     "tiny_vit": str(Path(__file__).with_name("tiny_vit.pt")),
 }
+# A name with the beginning of the file's SHA-256, which torch.hub compares.
+HASHED = {"dinov2_s": "dinov2_vits14_pretrain-b938bf1bc15cd2ec.pth"}
 FIRST_KEYS = {"mobilenet_v2": "features.0.0.weight", "tiny": "stem.0.0.weight",
               "dinov2_s": "cls_token", "tiny_vit": "cls_token"}  # of the others: bn1.weight
 # In public files: classifiers; of batch norm, temporaries and counters, which nothing reads.
@@ -320,8 +322,9 @@ def read_weights(backbone: str, weights: str) -> dict[str, Tensor]:
                                 f"--weights PATH, or train from random ones with --weights none")
     if source.startswith("https:"):
         with reading(f"{source} (--weights PATH takes a state dict)"):
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", progress=False,
-                                                       check_hash=True, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                source, map_location="cpu", progress=False, check_hash=True, weights_only=True,
+                file_name=HASHED.get(backbone))
     else:
         state = unwrapped(read_tensors(source), FIRST_KEYS.get(backbone, "bn1.weight"))
     return {key: state[key] for key in state if not any(part in key for part in LEFTOVERS)}

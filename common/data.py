@@ -363,8 +363,8 @@ def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
     val = [Sample(val_images[name], val_masks[name]) for name in sorted(val_masks)]
     if not val:
         val = [Sample(images[name], masks[name]) for name in sorted(masks) if is_held_out(name)]
-        require(bool(val), f"none of the {len(masks)} images/ with masks/ in {root} is of the fifth "
-                           f"for validation: add some, or put some into val_images/ and val_masks/")
+        require(bool(val), f"none of the {len(masks)} images/ with masks/ in {root} is of the "
+                           f"fifth for validation: add some, or make val_images/ and val_masks/")
     train = [Sample(image, masks.get(name)) for name, image in images.items()]
     train = [sample for sample in train if sample not in val]
     train += [Sample(image, None) for image in pictures_in(root / "unlabeled").values()]
@@ -691,8 +691,8 @@ def default_workers(device: torch.device) -> int:
 
 def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()  # Ctrl-C or SIGTERM for the trainer's group is the trainer's alone: it saves first
+    if hasattr(os, "setpgrp"):  # Ctrl-C or SIGTERM for the trainer's group is the trainer's alone
+        os.setpgrp()
 
 
 def make_loader(dataset: Dataset, device: torch.device, num_workers: int | None, **options):

@@ -171,8 +171,8 @@ SPLITS = {"mscmrseg": (35, 45, 2019), "prostate": (22, 32, 2018)}  # train of al
 def prepare_volumes(dataset: str, source: Path, root: Path, download: bool) -> None:
     """Files of the owners -> volumes/<volume>.npz and lists/*.txt.
 
-    Nothing is resampled. NIfTI's axes are turned to the left, back and head, so that image and label
-    agree, and transposed to [Z, Y, X]. Intensities are min-max normalised per volume.
+    Nothing is resampled. NIfTI's axes are turned to the left, back and head, so that image and
+    label agree, and transposed to [Z, Y, X]. Intensities are min-max normalised per volume.
     """
     volumes = find_volumes(dataset, source)
     require(len(volumes) > 1, f"no two labeled volumes of {dataset} below {source}")

@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import pickle
+import re
 import select
 import signal
 import socket
@@ -21,7 +22,9 @@ import sys
 import time
 import types
 import typing
+import zipfile
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -50,6 +53,9 @@ def run_main(main) -> None:
         line = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
         complain(f"error: {line}")
         status = 1
+    except KeyboardInterrupt:  # before a StopSignal is there
+        complain("stopped by SIGINT: nothing to save")
+        status = 128 + signal.SIGINT
     except Exception as error:
         line = explain(error)
         if line is None:
@@ -71,6 +77,10 @@ def explain(error: Exception) -> str | None:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         return f"--compile failed, install a C++ compiler or leave it out: {reason}"
+    gone = re.search(r"DataLoader worker.*(killed|exited)|gloo|NCCL", str(error))
+    if isinstance(error, RuntimeError) and gone:
+        return ("another process of this run has gone, killed perhaps or out of memory; the same "
+                f"command goes on from the last checkpoint ({str(error).strip().splitlines()[0]})")
     return None
 
 
@@ -122,9 +132,9 @@ class RunOptions:
     tensorboard: bool = option(False, "TensorBoard events as well (package tensorboard)")
 
 
-# A run may be resumed with other values of these: what is learned does not depend on them.
-RESUMABLE = {field.name for field in dataclasses.fields(RunOptions)} - {"eval_split", "amp"}
-RESUMABLE |= {"data_root", "download", "weights"}
+# A run may be resumed with other values of these.
+RESUMABLE = {field.name for field in dataclasses.fields(RunOptions)} - {"eval_split"}
+RESUMABLE |= {"data_root", "download", "weights", "lr"}  # lr, amp: for a run that has diverged
 
 
 class Parser(argparse.ArgumentParser):
@@ -151,6 +161,8 @@ def parse(config_class, description: str | None = None, argv: list[str] | None =
     config = config_class(**vars(parser.parse_args(argv)))
     for field in fields:
         value = getattr(config, field.name)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite and value != "", f"{flags[field.name]} must not be {value or 'empty'}")
         for bound, limit in field.metadata["bounds"].items():
             sign, holds = BOUNDS[bound]
             require(value is None or holds(value, limit),
@@ -200,14 +212,16 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def main_first():
     """The first rank of each node runs the block before its others: for work on shared files."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if dist.is_initialized() and not first:
-        dist.barrier()
+    first, group = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+    if dist.is_initialized():  # preparing data may take longer than NCCL's ten minutes
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    if group and not first:
+        dist.barrier(group)
     try:
         yield
     finally:  # also after an error, so that the others meet it too instead of waiting
-        if dist.is_initialized() and first:
-            dist.barrier()
+        if group and first:
+            dist.barrier(group)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -282,17 +296,25 @@ def reading(path: Path):
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Around writing one file: a full or read-only disk becomes a UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
 def write_atomically(path: Path, write) -> None:
     """`write(temporary path)`, then rename: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        with writing(path):
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -310,6 +332,9 @@ def read_tensors(path: str | Path):
             start = file.read(64).lstrip().lower()
         require(not start.startswith((b"<", b"version https://git-lfs")),
                 f"{path} is a web page or a pointer of Git LFS, not the file itself")
+        if zipfile.is_zipfile(path):  # torch.load does not compare its check sums
+            damaged = zipfile.ZipFile(path).testzip()
+            require(damaged is None, f"{path} is damaged, in {damaged}")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # whose text advises to trust the file
@@ -335,22 +360,56 @@ class Checkpoint:
         self.folder, self.method = Path(folder), method
         self.config, self.state = config, state
         self.models = [part for part in state.values() if isinstance(part, nn.Module)]
+        self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the log's last line
 
     def load(self) -> int:
         """Restore the run in this folder: the iteration to go on from, 0 where there is none."""
         path, iteration = self.folder / "latest.pt", 0
+        if rank() == 0:
+            self.lock()
         if path.is_file():
             checkpoint = read_checkpoint(path)
             self.check_options(checkpoint)
             for name, part in self.state.items():
                 with reading(path):
                     part.load_state_dict(checkpoint[name])
+            self.change_lr(checkpoint["config"])
             iteration = checkpoint["iteration"]
             self.restore_rng(checkpoint["rng"], iteration)
             say(f"resuming {self.folder} at iteration {iteration}")
         if rank() == 0:
             write_json(self.folder / "config.json", {"method": self.method, **self.config})
         return iteration
+
+    def lock(self) -> None:
+        """Refuse the folder while another run is in it; the lock ends with its process."""
+        path = self.folder / ".lock"
+        with writing(path):
+            self.lock_file = open(path, "a+")
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            try:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder} is in use by {path.read_text()}") from None
+        self.lock_file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=self.lock_file,
+              flush=True)
+        for left_behind in self.folder.glob(".*.part"):  # by a run that was killed
+            left_behind.unlink()
+
+    def change_lr(self, theirs: dict) -> None:
+        """A run that diverged may go on with another --lr."""
+        if self.config["lr"] == theirs["lr"]:
+            return
+        factor = self.config["lr"] / theirs["lr"]
+        say(f"--lr {theirs['lr']} becomes {self.config['lr']}")
+        for group in self.state["optimizer"].param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        schedule = self.state["schedule"]
+        schedule.base_lrs = [factor * lr for lr in schedule.base_lrs]
 
     def check_options(self, checkpoint: dict) -> None:
         theirs = checkpoint["config"]
@@ -368,20 +427,22 @@ class Checkpoint:
             say(f"the run had {len(states)} ranks: it goes on with fresh random augmentation")
             torch.manual_seed(self.config["seed"] + 1000 * rank() + iteration)
             return
-        cpu, cuda = states[rank()]
+        cpu, cuda, self.pending = states[rank()]
         torch.set_rng_state(cpu)
         if cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
 
-    def save(self, iteration: int) -> None:
-        """latest.pt: `state`, each rank's random generators, how many iterations are done."""
+    def save(self, iteration: int, pending: list[dict[str, Tensor]]) -> None:
+        """latest.pt: `state`, iterations done, each rank's random generators and pending log."""
         for model in self.models:
             average_buffers(model)
-        finite = [value.isfinite().all() for model in self.models for value in model.parameters()]
-        require(bool(torch.stack(finite).all()), f"the weights are not finite after iteration "
-                                                 f"{iteration}: lower --lr or try --no-amp")
+        values = [value for model in self.models for value in model.state_dict().values()]
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
+        require(bool(finite), f"the weights or statistics are not finite after iteration "
+                              f"{iteration}: go on with a lower --lr, or with --no-amp")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        own = (torch.get_rng_state(), cuda)  # loader workers need none: see common.data
+        pending = [{name: value.cpu() for name, value in row.items()} for row in pending]
+        own = (torch.get_rng_state(), cuda, pending)  # loader workers need none: see common.data
         states = [own] * world_size()
         if dist.is_initialized():
             dist.all_gather_object(states, own)
@@ -430,9 +491,25 @@ class StopSignal:
 
     def leave_if_requested(self, step: int) -> None:
         if self.agreed:
-            say(f"stopped by {signal.Signals(self.agreed).name}; saved iteration {step}: "
-                f"the same command goes on from there")
-            sys.exit(128 + self.agreed)
+            self.leave(step, self.agreed)
+
+    def leave(self, step: int, number: int) -> None:
+        say(f"stopped by {signal.Signals(number).name}; saved iteration {step}: "
+            f"the same command goes on from there")
+        sys.exit(128 + number)
+
+    @contextlib.contextmanager
+    def at_once(self, step: int):
+        """Inside, where all up to `step` is saved, a signal ends the process without waiting."""
+        previous = [signal.signal(number, lambda number, frame: self.leave(step, number))
+                    for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            if self.number:
+                self.leave(step, self.number)
+            yield
+        finally:
+            for number, handler in zip((signal.SIGTERM, signal.SIGINT), previous):
+                signal.signal(number, handler)
 
     def release(self) -> None:
         """After the loop, for work that has nothing to save: signals end the process again."""
@@ -445,17 +522,17 @@ class StopSignal:
 class Log:
     """metrics.jsonl, results.json and the terminal. Device scalars are read every `every` steps.
 
-    start: the iteration that the run goes on from. metric: the score, in %, by which an evaluation
-    is the best.
+    start: the iteration that the run of `checkpoint` goes on from. metric: the score, in %, by
+    which an evaluation is the best.
     """
 
-    def __init__(self, folder: str | Path, method: str, start: int, total: int, every: int,
-                 eval_every: int, images_per_step: int, tensorboard: bool, metric: str = "miou"):
-        self.folder, self.total = Path(folder), total
+    def __init__(self, checkpoint: Checkpoint, start: int, total: int, every: int, eval_every: int,
+                 images_per_step: int, tensorboard: bool, metric: str = "miou"):
+        self.folder, self.total = checkpoint.folder, total
         self.every, self.eval_every = every, eval_every
         self.images_per_step, self.metric = images_per_step, metric
-        self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last line
-        self.results = {"method": method, "last": None, "best": None}
+        self.pending = checkpoint.pending
+        self.results = {"method": checkpoint.method, "last": None, "best": None}
         if start and (self.folder / "results.json").is_file():
             with reading(self.folder / "results.json"):
                 self.results = json.loads((self.folder / "results.json").read_text())
@@ -475,12 +552,14 @@ class Log:
             return None
         names = list(dict.fromkeys(name for row in self.pending for name in row))
         hole = scalars["loss"].new_full((), math.nan, dtype=torch.float32)  # not every step has all
-        rows = [torch.stack([row.get(name, hole) for name in names]) for row in self.pending]
+        rows = [torch.stack([row.get(name, hole).to(hole) for name in names])
+                for row in self.pending]
         self.pending = []
         table = all_reduce_sum(torch.stack(rows)).cpu() / world_size()
         losses = [column for column, name in enumerate(names) if name.startswith("loss")]
         require(bool(table[:, losses].isfinite().all()),
-                f"the loss is not finite at iteration {step}: lower --lr or try --no-amp")
+                f"the loss is not finite at iteration {step}: go on from the last checkpoint with "
+                f"a lower --lr, or with --no-amp")
         return {name: round(value, 6) for name, value in zip(names, table.nanmean(dim=0).tolist())}
 
     def write(self, step: int, line: dict) -> None:
@@ -497,7 +576,8 @@ class Log:
         if rank() > 0:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), open(path, "a") as file:
             file.write(json.dumps({"iteration": step, **finite}) + "\n")
         for name, value in finite.items():
             if self.tensorboard and value is not None:
@@ -536,7 +616,7 @@ def keep_lines_until(path: Path, iteration: int) -> None:
     """Drop lines of steps that will be made again, and one that a kill cut off."""
     kept = []
     for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["iteration"] <= iteration:
                 kept.append(line + "\n")
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))

@@ -14,7 +14,9 @@ in end-diastole (ED) and end-systole (ES), with ACDC's classes, among organs and
 import json
 import math
 import os
+import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -488,6 +490,9 @@ def publish(root: Path | str, name: str, dials: SimpleNamespace, write) -> None:
                   f"or choose another one")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        for killed in root.parent.glob(f".{root.name}-*"):
+            if time.time() - killed.stat().st_mtime > 3600:  # nobody writes any more
+                shutil.rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
             folder = Path(temporary) / "data"  # a level below: only its owner can read `temporary`
             write(folder, dials)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import urllib.error
 
 import numpy as np
@@ -342,6 +343,8 @@ def test_default_weights_are_the_public_files(backbone, monkeypatch):
 
     def download(url, **options):
         asked.append(url)
+        hashed = options["file_name"] or url  # torch.hub compares what follows the last dash
+        assert options["check_hash"] and re.search(r"-[0-9a-f]{8,}\.pth$", hashed)
         return state if backbone == "dinov2_s" else state | {"fc.weight": torch.zeros(1)}
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)

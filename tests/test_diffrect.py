@@ -436,7 +436,7 @@ def trained(hearts, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_its_folder(trained):
     assert {path.name for path in trained.iterdir()} == {
-        "config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt", "samples.png",
+        ".lock", "config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt", "samples.png",
         "rectified.png"}
     results = json.loads((trained / "results.json").read_text())
     assert results["method"] == "diffrect" and results["last"]["iteration"] == 5

@@ -2,9 +2,11 @@
 
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -70,6 +72,7 @@ def test_flags_have_the_types_of_their_fields():
     ("--weighting all", "--weighting"), ("--crop 1.5", "--crop"), ("--cro 3", "--cro"),
     ("--no-such-flag", "--no-such-flag"), ("word", "word"), ("--lr", "--lr"), ("--lr nan", "--lr"),
     ("--crop 0", "--crop must be >= 1, not 0"), ("--lr 0", "--lr must be > 0"),
+    ("--lr inf", "--lr must not be inf"), ("--output=", "--output must not be empty"),
     ("--share 1", "--share must be < 1"), ("--width 8.5", "--width must be <= 8"),
     ("--save-every 0", "--save-every"), ("--num-workers -1", "--num-workers")])
 def test_options_that_no_run_could_use(arguments, named):
@@ -178,7 +181,7 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
         for step in (1, 2):
             means = run.log.step(step, {"loss": torch.tensor(4.0 * rank + step)})
         run.log.write(2, means)
-        run.checkpoint.save(2)
+        run.checkpoint.save(2, run.log.pending)
         expected = torch.rand(4)
         return means, Run(tmp_path / "run").first, torch.equal(torch.rand(4), expected)
 
@@ -197,8 +200,19 @@ def test_a_signal_in_one_process(capsys, monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 6)
     assert status_of(os.kill, os.getpid(), signal.SIGTERM) == 143  # at once
+    assert status_of(stop.at_once(3).__enter__) == 130  # before an evaluation
     assert status_of(stop.release) == 130  # one during the last step
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_during_an_evaluation(capsys):
+    stop = StopSignal()
+    with pytest.raises(SystemExit) as stopped, stop.at_once(8):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert stopped.value.code == 143 and "SIGTERM; saved iteration 8" in capsys.readouterr().out
+    os.kill(os.getpid(), signal.SIGTERM)  # as before
+    assert stop.requested(9)
 
 
 def test_ema_equals_its_closed_form():
@@ -281,10 +295,12 @@ class Run:
         self.folder, self.model = folder, nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         self.ema = runtime.make_ema(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        state = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
+        self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, 20, power=0.9)
+        state = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer,
+                 "schedule": self.schedule}
         self.checkpoint = Checkpoint(folder, method, asdict(self.config), state)
         self.first = self.checkpoint.load()
-        self.log = Log(folder, "daw", self.first, 20, log_every, 10, 2, tensorboard=False)
+        self.log = Log(self.checkpoint, self.first, 20, log_every, 10, 2, tensorboard=False)
 
     def train(self, until=20, evaluates=True) -> "Run":
         """Steps up to `until`; evaluates=False: killed between saving and evaluating."""
@@ -294,12 +310,13 @@ class Run:
                 loss.backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+                self.schedule.step()
                 runtime.update_ema(self.ema, self.model, 0.9)
                 means = self.log.step(step, {"loss": loss})
                 if means:
                     self.log.write(step, means)
                 if step % 5 == 0:
-                    self.checkpoint.save(step)
+                    self.checkpoint.save(step, self.log.pending)
             if self.log.evaluation_is_due(step) and (evaluates or step < until):
                 results = {"miou": float(self.ema[0].weight.sum().abs()), "iou": {"sky": None}}
                 if self.log.is_best(results):
@@ -321,13 +338,15 @@ def whole(tmp_path_factory) -> Run:
     return Run(tmp_path_factory.mktemp("runs") / "whole").train()
 
 
-@pytest.mark.parametrize("until, evaluates", [(4, True), (10, False), (13, True), (20, False)])
+@pytest.mark.parametrize("until, evaluates", [(4, True), (9, True), (10, False), (20, False)])
 def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
     Run(tmp_path / "run").train(until, evaluates)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 99}\n{"loss": 1}\n{"iteration": 1')  # cut off by the kill
+        file.write('{"iteration": 99}\n{"loss": 1}\n3\n{"iteration": 1')  # cut off by the kill
+    (tmp_path / "run" / ".latest.pt.123.part").write_text("likewise")
     resumed = Run(tmp_path / "run", num_workers=3, eval_every=10).train()
     assert resumed.first == until // 5 * 5
+    assert len(os.listdir(resumed.folder)) == 6
     for name in ("latest.pt", "best.pt"):
         ours, theirs = [read_checkpoint(run.folder / name) for run in (resumed, whole)]
         assert_identical({**ours, "config": asdict(whole.config)}, theirs)
@@ -336,12 +355,12 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
     assert [line["iteration"] for line in lines_of(whole.folder)] == [10, 10, 20, 20]
     config = json.loads((whole.folder / "config.json").read_text())
     assert config == {"method": "daw", **asdict(whole.config)}
-    assert len(os.listdir(whole.folder)) == 5  # nothing temporary
+    assert len(os.listdir(whole.folder)) == 6 and ".lock" in os.listdir(whole.folder)
 
 
 @pytest.mark.parametrize("options, named", [
-    ({"lr": 0.2}, "--lr 0.1"), ({"eval_split": "tune"}, "--eval-split val"),
-    ({"crop": None}, "--crop 33"), ({"amp": True}, "--amp None"), ({"method": "usrn"}, "daw.py"),
+    ({"share": 0.2}, "--share 0.5"), ({"eval_split": "tune"}, "--eval-split val"),
+    ({"crop": None}, "--crop 33"), ({"method": "usrn"}, "daw.py"),
     ({"lists": "0123abc"}, "lists have changed")])
 def test_a_folder_with_another_run_is_refused(options, named, whole):
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
@@ -352,8 +371,11 @@ def test_a_folder_with_another_run_is_refused(options, named, whole):
 
 def test_checkpoints_that_cannot_go_on_as_they_are(tmp_path, capsys):
     run = Run(tmp_path / "run").train(until=5)
-    run.model[0].bias.data[1] = math.inf
-    assert "not finite after iteration 6" in error_of(run.checkpoint.save, 6)
+    for values in (run.model[0].bias.data, run.model[1].running_var):
+        kept = values.clone()
+        values[1] = math.inf
+        assert "not finite after iteration 6" in error_of(run.checkpoint.save, 6, [])
+        values.copy_(kept)
     path, draws = run.folder / "latest.pt", []
     saved = read_checkpoint(path)
     torch.save({**saved, "rng": saved["rng"] * 4}, path)
@@ -363,13 +385,50 @@ def test_checkpoints_that_cannot_go_on_as_they_are(tmp_path, capsys):
     assert draws[0] == draws[1]  # anew, by the seed
     torch.save({**saved, "ema": {}}, path)
     assert str(path) in error_of(Run, run.folder)
-    path.write_bytes(path.read_bytes()[:1000])
+    torch.save(saved, path)
+    content = path.read_bytes()
+    where = content.index(saved["model"]["0.weight"].numpy().tobytes())
+    path.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
+    assert f"{path} is damaged" in error_of(Run, run.folder)
+    path.write_bytes(content[:1000])
     assert str(path) in error_of(Run, run.folder)
     assert str(path / "run") in error_of(Run, path / "run")  # a folder that cannot be made
 
 
+def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(tmp_path, capsys):
+    Run(tmp_path / "run").train(until=5)
+    lower = Run(tmp_path / "run", lr=0.05, amp=True)
+    assert lower.first == 5 and "--lr 0.1 becomes 0.05" in capsys.readouterr().out
+    rates = []
+    for _ in range(15):
+        rates.append(lower.optimizer.param_groups[0]["lr"])
+        lower.schedule.step()
+    expected = [0.05 * (1 - step / 20) ** 0.9 for step in range(5, 20)]
+    assert rates == pytest.approx(expected)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    first = Run(tmp_path / "run")
+
+    def second() -> None:  # locks are between processes
+        line = error_of(Run, first.folder)
+        assert f"in use by process {os.getppid()} on {socket.gethostname()}" in line
+
+    process = multiprocessing.get_context("fork").Process(target=second)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    log = log_in(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    assert "metrics.jsonl" in error_of(log.append, 1, {"loss": 1.0})
+
+
 def log_in(folder, start=0, every=2, tensorboard=False) -> Log:
-    return Log(folder, "daw", start, 10, every, 4, 2, tensorboard)
+    return Log(Checkpoint(folder, "daw", {}, {}), start, 10, every, 4, 2, tensorboard)
 
 
 def test_the_log_has_means(tmp_path, monkeypatch):
