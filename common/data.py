@@ -486,6 +486,14 @@ def load_data(options: DataOptions) -> Data:
     tag = f"{name}_{labeled_name.replace('/', '_')}{random}"
     data = Data(info, root, labeled, unlabeled, val, tune, tag)
     check_lists(data)
+    if name == "folder":
+        scored, learned = ([root / sample.image for sample in part] for part in (val, labeled))
+        copies = copies_of(scored, learned)
+        require(not copies, f"{copies[:1]} is a validation picture under another name: remove one")
+        copies = copies_of(scored, [root / sample.image for sample in unlabeled])
+        data.unlabeled = [sample for sample in unlabeled if root / sample.image not in copies]
+        if copies:
+            say(f"left out: {len(copies)} copies of validation pictures, such as {copies[0]}")
     require(options.lists in (None, data.digest),
             f"the lists of images in {root} have the digest {data.digest}, not {options.lists}")
     return data
@@ -504,20 +512,15 @@ def check_lists(data: Data) -> None:
             path = data.root / file
             require(path.name in names_in(path.parent),
                     f"{path} is listed but missing: {SOURCES.get(data.info.name)}")
-    if data.info.name == "folder":
-        check_contents([data.root / sample.image for sample in training],
-                       [data.root / sample.image for sample in evaluation])
 
 
-def check_contents(training: list[Path], evaluation: list[Path]) -> None:
-    """Copies of a picture under two names must not be learned from and scored."""
-    known: dict[int, list[Path]] = {}
-    for path in training:
-        known.setdefault(path.stat().st_size, []).append(path)
-    for path in evaluation:
-        copies = [other for other in known.get(path.stat().st_size, ())
-                  if other.read_bytes() == path.read_bytes()]
-        require(not copies, f"{path} is scored, and trained on as {copies[:1]}: remove one of them")
+def copies_of(evaluated: list[Path], files: list[Path]) -> list[Path]:
+    """Those of `files` whose content is that of an evaluated one: a picture under two names."""
+    sizes = {path.stat().st_size: [] for path in files}
+    for path in evaluated:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    return [path for path in files if any(path.read_bytes() == other.read_bytes()
+                                          for other in sizes[path.stat().st_size])]
 
 
 # ---------------------------------------------------------------- reading
@@ -572,7 +575,7 @@ def open_mask(path: Path, num_classes: int) -> np.ndarray:
         mask = FROM_LABEL_ID[mask]
     if path.parent.name.endswith("annot"):  # SegNet's void is the label after the last class
         mask[mask == num_classes] = IGNORE
-    known = (mask >= 0) & (mask < num_classes) & (mask == mask.astype(int)) | (mask == IGNORE)
+    known = (mask >= 0) & (mask < num_classes) & (mask % 1 == 0) | (mask == IGNORE)
     require(bool(known.all()),
             f"the mask {path} holds the label {mask[~known][:1]}; there are {num_classes} "
             f"classes (0 to {num_classes - 1}, and {IGNORE} = ignore)")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import IGNORE, to_float
-from common.data import TrainingBatches, check_contents, collate_training, digest_of, make_loader
+from common.data import TrainingBatches, collate_training, copies_of, digest_of, make_loader
 from common.figures import sample_grid, voc_palette
 from common.runtime import (all_reduce_sum, average_buffers, main_first, option, rank, reading,
                             require, world_size, write_atomically)
@@ -215,8 +215,9 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     require(not shared, f"patients {shared[:3]} are in two of train, val and test: no fair score")
     for file in labeled + unlabeled + val + test:
         require(file.path.is_file(), f"{file.path} is listed but missing")
-    for part in (val, test):
-        check_contents([file.path for file in labeled + unlabeled], [file.path for file in part])
+    scored, learned = ([file.path for file in part] for part in (val + test, labeled + unlabeled))
+    copies = copies_of(scored, learned)
+    require(not copies, f"{copies[:1]} is a volume of val or test under another name: remove one")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
     tag = f"{info.name}_{wanted}{drawn}"
     data = VolumeData(info, root, labeled, unlabeled, val, test, tag)

@@ -502,7 +502,7 @@ def test_ones_own_pictures(folder, capsys):
     assert "unlabeled: 2 files or folders" in capsys.readouterr().out
 
 
-def test_a_picture_keeps_its_side(tmp_path):
+def test_a_picture_keeps_its_side(tmp_path, capsys):
     """More labels move no picture from training to validation or back."""
     sides = {}
     for number in range(60):
@@ -522,9 +522,11 @@ def test_a_picture_keeps_its_side(tmp_path):
     (tmp_path / "unlabeled").mkdir()
     (tmp_path / "unlabeled" / "copy.png").write_bytes(copied)
     options = DataOptions("folder", str(tmp_path), "a,b", lists=digest)
-    assert "copy.png" in error_of(load_data, options)
+    assert load_data(options).unlabeled == [] and "copy.png" in capsys.readouterr().out
     (tmp_path / "unlabeled" / "copy.png").write_bytes(copied[:-1])
     assert digest in error_of(load_data, options)
+    (tmp_path / data.labeled[0].image).write_bytes(copied)
+    assert data.labeled[0].image in error_of(load_data, options)
 
 
 def test_mistakes_in_ones_own_folder(folder):

@@ -172,7 +172,7 @@ def test_lists_of_ones_own(listed, tmp_path):
     assert load_volumes(replace(listed, lists=digest)).digest == digest
     assert digest in refused(listed, lists=digest, labeled="1")
     (tmp_path / "volumes" / "d_1.npz").write_bytes((tmp_path / "volumes" / "a_1.npz").read_bytes())
-    assert "d_1.npz is scored" in refused(listed)  # under another patient's name
+    assert "a_1.npz" in refused(listed)  # under another patient's name
 
 
 @pytest.mark.parametrize("labeled", ["0", "4", "-1", "two", "1.5", "_split2", "4_split2"])
