@@ -46,8 +46,9 @@ from common.runtime import (Checkpoint, Log, RunOptions, StopSignal, all_reduce_
 BASELINES = {"unimatch_v1": DeepLabV3Plus, "unimatch_v2": DPT}
 STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
 SUP, UNSUP = 0, 1  # g_s and g_u wherever something has two rows
-STATIONARY = 1e-6  # a Pareto step shorter than this share of |g_s| + |g_u| is rounding error
-HARM = -1e-6  # a cosine below this is no rounding error
+ROUNDING = 1e-6  # a cosine, or a length beside another one, below this is rounding error
+COLLAPSED = ("every pseudo label is of one class and the loss on labels has tripled: start again "
+             "in a new folder with a longer --warmup, or with --cap 0.8")
 CHUNK = 2**20  # of a gradient, whose float64 copies stay small
 DISTANCES = [step / 10 for step in range(-10, 11)]  # of the landscape
 DIRECTIONS, LANDSCAPE_BATCHES = 3, 6
@@ -67,7 +68,8 @@ class Config(DataOptions, RunOptions):
     baseline: str = option("unimatch_v1", "V2: ViT, DPT, EMA teacher", choices=tuple(BASELINES))
     strategy: str = option("pos_meo", "how gradients are integrated", choices=STRATEGIES)
     alpha_unsup: float | None = option(None, "of --strategy fixed", low=0, high=1)
-    cap: float | None = option(None, "alpha of POS at most (1; embedded data 0.8)", low=0.5, high=1)
+    warmup: int | None = option(None, "uniform steps before POS (5 %; embedded data 50 %)", low=0)
+    cap: float = option(1.0, "alpha_u of POS at most; below 1: ours", low=0.5, high=1)
     threshold: float | None = option(None, "gamma of Eq. 2", low=0, below=1)
     measure: bool = option(True, "both gradients at logged steps of uniform and fixed, too")
     landscape: str | None = option(None, "no training: Figure 5 of these checkpoints (commas)")
@@ -104,17 +106,17 @@ def minimum_norm_weight(ss: Tensor, su: Tensor, uu: Tensor) -> Tensor:
     return torch.where(distance > 0, alpha_unsup, 0.5)  # equal gradients
 
 
-def capped_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float) -> Tensor:
-    """alpha_u, 0-d, with two rules of ours around Eq. 6.
+def pareto_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
+    """alpha_u that POS takes, 0-d: Eq. 6 but for two rules of ours.
 
-    Neither loss weighs more than `cap`, unless less would harm it: a student that teaches itself
-    shrinks g_u, and Eq. 6 follows the shorter gradient. And a zero gradient (no confident pixel)
-    must not stop the other loss.
+    A gradient that vanishes (no confident pixel) must not stop the other loss: the uniform step.
+    With `cap`, what Eq. 6 has above it is lowered, as long as that does not harm L_unsup.
     """
     conflict = su.clamp(max=0)
-    harmless = -conflict / (uu - conflict), ss / (ss - conflict)  # there h is orthogonal to one
-    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(1 - cap, cap).clamp(*harmless)
-    return torch.where((ss == 0) | (uu == 0), 0.5, alpha_unsup)
+    harmless = -conflict / (uu - conflict)  # there <h, g_u> is 0
+    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(max=cap).clamp(min=harmless)
+    vanishing = torch.minimum(ss, uu) <= ROUNDING**2 * torch.maximum(ss, uu)
+    return torch.where(vanishing, 0.5, alpha_unsup)
 
 
 def length(products: Tensor, w_sup: Tensor, w_unsup: Tensor) -> Tensor:
@@ -124,10 +126,10 @@ def length(products: Tensor, w_sup: Tensor, w_unsup: Tensor) -> Tensor:
 
 
 def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
-    """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point, where the step is zero."""
+    """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point: opposite gradients, a zero step."""
     half = torch.full_like(alpha_unsup, 0.5)
     taken, uniform = length(products, 1 - alpha_unsup, alpha_unsup), length(products, half, half)
-    stationary = taken <= STATIONARY * (products[0].sqrt() + products[2].sqrt())
+    stationary = taken <= ROUNDING * torch.minimum(products[0], products[2]).sqrt()
     return torch.where(stationary, 0.0, uniform / taken)
 
 
@@ -137,7 +139,7 @@ def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | No
     if strategy in ("uniform", "fixed"):
         alpha = torch.full_like(products[0], 0.5 if strategy == "uniform" else alpha_unsup)
     else:
-        alpha = capped_weight(*products, cap)
+        alpha = pareto_weight(*products, cap)
     weights = torch.stack([1 - alpha, alpha])
     return weights * magnification(products, alpha) if strategy == "pos_meo" else weights  # Eq. 13
 
@@ -155,13 +157,13 @@ def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=Tr
     return weights[SUP] * g_sup + weights[UNSUP] * g_unsup
 
 
-def gradient_statistics(products: Tensor, weights: Tensor, cap: float) -> dict[str, Tensor]:
+def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Figures 1 and 3, for a step along weights[0] g_s + weights[1] g_u; 0-d tensors.
 
-    alpha_unsup, lambda: of POS + MEO, whatever was done. harmful: a step against one gradient.
+    alpha_unsup, lambda: Eq. 6, 13 (no cap), whatever was done. harmful: a step against a gradient.
     """
     ss, su, uu = products
-    alpha, half = capped_weight(ss, su, uu, cap), torch.full_like(ss, 0.5)
+    alpha, half = pareto_weight(ss, su, uu), torch.full_like(ss, 0.5)
 
     def min_cosine(w_sup: Tensor, w_unsup: Tensor) -> Tensor:
         along = torch.stack([w_sup * ss + w_unsup * su, w_sup * su + w_unsup * uu])
@@ -172,8 +174,8 @@ def gradient_statistics(products: Tensor, weights: Tensor, cap: float) -> dict[s
     cosine = torch.where((ss > 0) & (uu > 0), su / (ss * uu).sqrt(), 0.0)
     return {"cosine": cosine, "norm_sup": ss.sqrt(), "norm_unsup": uu.sqrt(), "alpha_unsup": alpha,
             "lambda": magnification(products, alpha), "min_cosine_uniform": uniform,
-            "min_cosine": taken, "conflict": cosine < 0, "harmful_uniform": uniform < HARM,
-            "harmful": taken < HARM, "remark_1": uu < ss, "remark_2": alpha > 0.5}
+            "min_cosine": taken, "conflict": cosine < 0, "harmful_uniform": uniform < -ROUNDING,
+            "harmful": taken < -ROUNDING, "remark_1": uu < ss, "remark_2": alpha > 0.5}
 
 
 class Gradients:
@@ -300,15 +302,17 @@ def train(config: Config) -> None:
         data = dataclasses.replace(data, info=info)
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4,
-                           cap=0.8 if data.info.embedded else 1.0, amp=bf16_is_fast(device),
+                           amp=bf16_is_fast(device),
                            output=f"runs/pos_meo_{data.tag}_{config.seed}")
+    pareto = config.strategy.startswith("pos")
+    share = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
+    config = with_defaults(config, warmup=config.iterations // share if pareto else 0)
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
-    fixed, threshold = config.strategy == "fixed", config.threshold
-    require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
+    threshold = config.threshold
+    require((config.strategy == "fixed") == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
 
     torch.manual_seed(config.seed)
-    network_class = BASELINES[config.baseline]
-    model = network_class(config.backbone, data.info.num_classes, config.weights)
+    model = BASELINES[config.baseline](config.backbone, data.info.num_classes, config.weights)
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.checkpoint_activations:
@@ -326,14 +330,13 @@ def train(config: Config) -> None:
     evaluated = model
     if config.ema_decay:
         evaluated = state["ema"] = make_ema(model)
-    pareto = config.strategy.startswith("pos")
     gradients = Gradients(model, rows=2 if pareto or config.measure else 1)
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
     start = checkpoint.load()
     log = Log(config.output, "pos_meo", start, config.iterations, config.log_every,
               config.eval_every, 2 * config.batch_size, config.tensorboard)
-    stop = StopSignal()
+    stop, lowest = StopSignal(), torch.inf
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
 
@@ -356,19 +359,20 @@ def train(config: Config) -> None:
                 losses = unimatch_v1_losses(network, views, threshold, config.ohem)
         loss_sup, loss_unsup, pseudo_label, used = losses
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
-                 "loss_unsup": loss_unsup,
+                 "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
                  "used": used.sum() / mean_over_ranks(views["valid"].sum())}
         gradients.flat.zero_()
-        if pareto or config.measure and step % config.log_every == 0:
+        strategy = config.strategy if step > config.warmup else "uniform"
+        if strategy.startswith("pos") or config.measure and step % config.log_every == 0:
             gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph
             gradients.backward(loss_unsup, UNSUP)
             gradients.average_over_ranks()
             products = inner_products(*gradients.flat)
-            weights = integration_weights(products, config.strategy, config.alpha_unsup, config.cap)
+            weights = integration_weights(products, strategy, config.alpha_unsup, config.cap)
             gradients.integrate(weights)
-            terms |= gradient_statistics(products, weights, config.cap)
+            terms |= gradient_statistics(products, weights)
         else:  # one traversal gives the weighted sum
-            alpha = config.alpha_unsup if fixed else 0.5
+            alpha = config.alpha_unsup if strategy == "fixed" else 0.5
             gradients.backward((1 - alpha) * loss_sup + alpha * loss_unsup, SUP)
             gradients.average_over_ranks()
         optimizer.step()
@@ -382,6 +386,8 @@ def train(config: Config) -> None:
             terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
         if means := log.step(step, terms):
             log.write(step, means)
+            lowest = min(lowest, means["loss_sup"])
+            require(means["one_class"] < 1 or means["loss_sup"] < 3 * lowest, COLLAPSED)
         due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
         if stop.requested(step) or due:
             checkpoint.save(step)
@@ -395,8 +401,8 @@ def train(config: Config) -> None:
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
-    network_class = BASELINES[config["baseline"]]
-    model = network_class(config["backbone"], num_classes, random_weights_like(state))
+    weights = random_weights_like(state)
+    model = BASELINES[config["baseline"]](config["backbone"], num_classes, weights)
     return load_strictly(model, state, "the checkpoint's weights")
 
 

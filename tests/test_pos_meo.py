@@ -161,7 +161,7 @@ def test_statistics_equal_those_of_the_vectors(strategy):
         expected = {"cosine": cosine(*pair), "norm_sup": norms[SUP], "norm_unsup": norms[UNSUP],
                     "alpha_unsup": alpha, "lambda": uniform.norm() / step_of("pos", *pair).norm(),
                     "min_cosine_uniform": worst_uniform, "min_cosine": worst}
-        statistics = pos_meo.gradient_statistics(products, weights, cap=1.0)
+        statistics = pos_meo.gradient_statistics(products, weights)
         for name, value in expected.items():
             assert statistics[name].item() == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
         assert statistics["conflict"] == (cosine(*pair) < 0)
@@ -178,7 +178,7 @@ def test_statistics_of_zero_and_opposite_gradients_are_finite(strategy):
     for pair in ((g, zero), (zero, g), (zero, zero), (g, g), (g, -g)):
         products = pos_meo.inner_products(*pair)
         weights = pos_meo.integration_weights(products, strategy, 0.7)
-        statistics = pos_meo.gradient_statistics(products, weights, cap=0.8)
+        statistics = pos_meo.gradient_statistics(products, weights)
         assert all(value.isfinite() for value in (*weights, *statistics.values()))
         assert statistics["alpha_unsup"] == pytest.approx(0.5)
         if not products[0] * products[2]:
@@ -264,7 +264,7 @@ def test_a_step_reads_nothing_back_from_the_device(baseline):
     products = pos_meo.inner_products(*gradients.flat)
     weights = pos_meo.integration_weights(products, "pos_meo", cap=0.8)
     gradients.integrate(weights)
-    statistics = pos_meo.gradient_statistics(products, weights, 0.8)
+    statistics = pos_meo.gradient_statistics(products, weights)
     assert {value.device.type for value in statistics.values()} == {"meta"}
 
 
