@@ -8,24 +8,21 @@ it harms either loss. It is itself short; MEO gives it the length of the uniform
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
     Eq. 4       uniform and fixed weights             integration_weights
-    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pareto_weights
+    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pareto_weight
     Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients
     Fig. 1, 3   conflict, norms, alpha                gradient_statistics
-    Fig. 5      loss and mIoU around the weights      landscape
+    Fig. 5      loss and mIoU around the weights      landscape; --landscape a/latest.pt,b/latest.pt
 
 Run
     python pos_meo.py                                              embedded data, on a laptop
-    python pos_meo.py --baseline unimatch_v2                       with a tiny vision transformer
     python pos_meo.py --dataset pascal --labeled 92 --download     one GPU
     torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --labeled 92 --baseline unimatch_v2
-    python pos_meo.py --landscape runs/a/latest.pt,runs/b/latest.pt
-Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5); --cap.
+Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5).
 Results, figures and all differences from the paper and UniMatch's code: .docs/pos_meo.md
 """
 
 import copy
-import dataclasses
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -119,7 +116,7 @@ def pareto_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tenso
     return torch.where(vanishing, 0.5, alpha_unsup)
 
 
-def length(products: Tensor, w_sup: Tensor, w_unsup: Tensor) -> Tensor:
+def length(products: Tensor, w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
     """|w_s g_s + w_u g_u| from `inner_products`, 0-d."""
     ss, su, uu = products
     return (w_sup**2 * ss + 2 * w_sup * w_unsup * su + w_unsup**2 * uu).clamp(min=0).sqrt()
@@ -127,10 +124,9 @@ def length(products: Tensor, w_sup: Tensor, w_unsup: Tensor) -> Tensor:
 
 def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
     """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point: opposite gradients, a zero step."""
-    half = torch.full_like(alpha_unsup, 0.5)
-    taken, uniform = length(products, 1 - alpha_unsup, alpha_unsup), length(products, half, half)
+    taken = length(products, 1 - alpha_unsup, alpha_unsup)
     stationary = taken <= ROUNDING * torch.minimum(products[0], products[2]).sqrt()
-    return torch.where(stationary, 0.0, uniform / taken)
+    return torch.where(stationary, 0.0, length(products, 0.5, 0.5) / taken)
 
 
 def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | None = None,
@@ -146,8 +142,7 @@ def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | No
 
 def pareto_weights(g_sup: Tensor, g_unsup: Tensor) -> tuple[Tensor, Tensor]:
     """(alpha_s, alpha_u) of Eq. 6 for flat gradients [P]: 0-d float64, without a host sync."""
-    weights = integration_weights(inner_products(g_sup, g_unsup), "pos")
-    return weights[SUP], weights[UNSUP]
+    return tuple(integration_weights(inner_products(g_sup, g_unsup), "pos"))
 
 
 def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=True) -> Tensor:
@@ -163,14 +158,14 @@ def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
     alpha_unsup, lambda: Eq. 6, 13 (no cap), whatever was done. harmful: a step against a gradient.
     """
     ss, su, uu = products
-    alpha, half = pareto_weight(ss, su, uu), torch.full_like(ss, 0.5)
+    alpha = pareto_weight(ss, su, uu)
 
-    def min_cosine(w_sup: Tensor, w_unsup: Tensor) -> Tensor:
+    def min_cosine(w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
         along = torch.stack([w_sup * ss + w_unsup * su, w_sup * su + w_unsup * uu])
         norms = length(products, w_sup, w_unsup) * torch.stack([ss, uu]).sqrt()
         return torch.where(norms > 0, along / norms, 0.0).min()
 
-    uniform, taken = min_cosine(half, half), min_cosine(*weights)
+    uniform, taken = min_cosine(0.5, 0.5), min_cosine(*weights)
     cosine = torch.where((ss > 0) & (uu > 0), su / (ss * uu).sqrt(), 0.0)
     return {"cosine": cosine, "norm_sup": ss.sqrt(), "norm_unsup": uu.sqrt(), "alpha_unsup": alpha,
             "lambda": magnification(products, alpha), "min_cosine_uniform": uniform,
@@ -189,11 +184,10 @@ class Gradients:
         self.parameters = [value for value in model.parameters() if value.requires_grad]
         sizes = [value.numel() for value in self.parameters]
         self.flat = self.parameters[0].new_zeros(rows, sum(sizes))
-        self.views = []  # in the parameters' own memory format, as the fused optimizers want it
-        for row in self.flat:
-            pieces = zip(row.split(sizes), self.parameters)
-            self.views.append([piece.as_strided(value.shape, value.stride())
-                               for piece, value in pieces])
+        # In the parameters' own memory format, as the fused optimizers want it.
+        self.views = [[piece.as_strided(value.shape, value.stride())
+                       for piece, value in zip(row.split(sizes), self.parameters)]
+                      for row in self.flat]
 
     def backward(self, loss: Tensor, row: int, retain_graph: bool = False) -> None:
         self.select(row)
@@ -237,7 +231,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
 def pseudo_labels(logits: Tensor, valid: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Eq. 2: teacher's logits [B, C, H, W] -> (pseudo label, 1 where it is used), [B, H, W]."""
     confidence, pseudo_label = logits.float().softmax(dim=1).max(dim=1)
-    return pseudo_label, ((confidence >= threshold) & valid).float()
+    return pseudo_label, ((confidence >= threshold) & valid).float()  # Eq. 2: >; UniMatch: >=
 
 
 def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
@@ -298,8 +292,7 @@ def train(config: Config) -> None:
     if is_v2:
         name = data.info.name.split("_")[0]
         require(name in UNIMATCH_V2, f"no UniMatch V2 recipe for {name}: --baseline unimatch_v1")
-        info = dataclasses.replace(data.info, **UNIMATCH_V2[name])
-        data = dataclasses.replace(data, info=info)
+        data = replace(data, info=replace(data.info, **UNIMATCH_V2[name]))
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4,
                            amp=bf16_is_fast(device),
@@ -308,8 +301,8 @@ def train(config: Config) -> None:
     share = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
     config = with_defaults(config, warmup=config.iterations // share if pareto else 0)
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
-    threshold = config.threshold
-    require((config.strategy == "fixed") == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
+    fixed = config.strategy == "fixed"
+    require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
 
     torch.manual_seed(config.seed)
     model = BASELINES[config.baseline](config.backbone, data.info.num_classes, config.weights)
@@ -353,10 +346,11 @@ def train(config: Config) -> None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.blur)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            rest = views, config.threshold, config.ohem
             if is_v2:
-                losses = unimatch_v2_losses(network, evaluated, views, threshold, config.ohem)
+                losses = unimatch_v2_losses(network, evaluated, *rest)
             else:
-                losses = unimatch_v1_losses(network, views, threshold, config.ohem)
+                losses = unimatch_v1_losses(network, *rest)
         loss_sup, loss_unsup, pseudo_label, used = losses
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
                  "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
