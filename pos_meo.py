@@ -245,11 +245,11 @@ def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dic
     own = (pseudo_label, weight, views["valid"])
     partners = [neighbour(part) for part in own]
     losses = []
-    for view, logits_view in zip(("strong_1", "strong_2"), logits.chunk(2)):
+    for view, logits_view in zip(("strong_1", "strong_2"), logits.split(len(weight))):
         boxes = views[view + "_boxes"]
         mixed = [cutmix(boxes, part, partner) for part, partner in zip(own, partners)]
         losses.append(weighted_loss(logits_view, *mixed))
-    return sum(losses) / 2
+    return sum(losses) / len(losses)
 
 
 def unimatch_v1_losses(network, views: dict, threshold: float, ohem: float) -> tuple[Tensor, ...]:
