@@ -145,7 +145,8 @@ def step(sizes) -> None:
 
 
 def strategies(sizes) -> None:
-    candidates = {"uniform": ["--strategy", "uniform", "--no-measure"], "POS + MEO": ["--warmup", "0"]}
+    candidates = {"uniform": ["--strategy", "uniform", "--no-measure"],
+                  "POS + MEO": ["--warmup", "0"]}
     compare_trainings("pos_meo", candidates, sizes, [*SHAPES, sizes.backbone])
 
 
