@@ -309,11 +309,15 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, kee
 @pytest.mark.parametrize("options", [
     ["--supervised", "--strong-labeled", "--labeled", "all"],
     ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations"]])
-def test_variants_train(options, shapes, tmp_path, keep_signal_handlers):
+def test_variants_train(options, shapes, tmp_path, monkeypatch, keep_signal_handlers):
+    perturbed, forward = [], daw.DeepLabV3Plus.forward
+    monkeypatch.setattr(daw.DeepLabV3Plus, "forward", lambda self, images, perturb=0: (
+        perturbed.append(perturb), forward(self, images, perturb))[1])
     train(shapes, tmp_path, "--iterations", "2", *options)
     lines = lines_of(tmp_path)
     assert len(lines) == 2 and all(0 < line["loss"] < 10 for line in lines)
     assert all(line.get("used", 0) == ("none" in options) for line in lines)
+    assert perturbed and not any(perturbed)  # neither wants three views
 
 
 class Pointwise(nn.Conv2d):
