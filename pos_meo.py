@@ -4,11 +4,11 @@ Segmentation. Sun et al., ICCV 2025.
 The supervised and the unsupervised loss are summed with equal weights by everyone, but their
 gradients g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the
 shortest vector between g_s and g_u instead (the minimum-norm point): to first order no step along
-it harms either loss. It is itself short; MEO gives it the length of the uniform step back.
+it harms either loss of the batch. It is itself short; MEO gives it the uniform step's length back.
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
     Eq. 4       uniform and fixed weights             integration_weights
-    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pareto_weight
+    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pos_weight
     Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients
     Fig. 1, 3   conflict, norms, alpha                gradient_statistics
     Fig. 5      loss and mIoU around the weights      landscape; --landscape a/latest.pt,b/latest.pt
@@ -103,7 +103,7 @@ def minimum_norm_weight(ss: Tensor, su: Tensor, uu: Tensor) -> Tensor:
     return torch.where(distance > 0, alpha_unsup, 0.5)  # equal gradients
 
 
-def pareto_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
+def pos_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
     """alpha_u that POS takes, 0-d: Eq. 6 but for two rules of ours.
 
     A gradient that vanishes (no confident pixel) must not stop the other loss: the uniform step.
@@ -135,7 +135,7 @@ def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | No
     if strategy in ("uniform", "fixed"):
         alpha = torch.full_like(products[0], 0.5 if strategy == "uniform" else alpha_unsup)
     else:
-        alpha = pareto_weight(*products, cap)
+        alpha = pos_weight(*products, cap)
     weights = torch.stack([1 - alpha, alpha])
     return weights * magnification(products, alpha) if strategy == "pos_meo" else weights  # Eq. 13
 
@@ -158,7 +158,7 @@ def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
     alpha_unsup, lambda: Eq. 6, 13 (no cap), whatever was done. harmful: a step against a gradient.
     """
     ss, su, uu = products
-    alpha = pareto_weight(ss, su, uu)
+    alpha = pos_weight(ss, su, uu)
 
     def min_cosine(w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
         along = torch.stack([w_sup * ss + w_unsup * su, w_sup * su + w_unsup * uu])
@@ -346,11 +346,11 @@ def train(config: Config) -> None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.blur)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            rest = views, config.threshold, config.ohem
+            arguments = views, config.threshold, config.ohem
             if is_v2:
-                losses = unimatch_v2_losses(network, evaluated, *rest)
+                losses = unimatch_v2_losses(network, evaluated, *arguments)
             else:
-                losses = unimatch_v1_losses(network, *rest)
+                losses = unimatch_v1_losses(network, *arguments)
         loss_sup, loss_unsup, pseudo_label, used = losses
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
                  "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
