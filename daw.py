@@ -317,8 +317,7 @@ def train(config: Config) -> None:
             views = make_views(batch, config.crop, data.info.blur)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 loss, terms = daw_loss(network, views, statistics, config.weighting,
-                                       config.threshold, config.align, config.ohem,
-                                       config.views)
+                                       config.threshold, config.align, config.ohem, config.views)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -226,13 +226,11 @@ def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], labeled_pix
 
 
 def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
-    """Confidences of right and of wrong predictions as two Gaussians, and their crossing t* (DAW,
-    Figures 2 and 4): over the training; after a tenth of it, as averages begin far off; at its end.
-    """
+    """DAW, Figure 2, and Figure 4 of one run: after a tenth of the training, and at its end."""
     column = columns_of(lines, "t_star")
     steps, t_star, lowest = (column[name] for name in ("iteration", "t_star", "lowest"))
     figure, (time, *snapshots) = panels(3.6, 4.3, 4.3, 4.3)
-    snapshots = list(zip(snapshots, (len(steps) // 10, -1)))
+    snapshots = list(zip(snapshots, (len(steps) // 10, -1)))  # averages begin far off
     for sign, name, color in (("pos", "right", "tab:green"), ("neg", "wrong", "tab:red")):
         mu, sigma = column[f"mu_{sign}"], column[f"sigma_{sign}"]
         time.plot(steps, mu, color=color, label=name)
