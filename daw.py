@@ -212,7 +212,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
              align: bool, ohem: float, num_views: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
     """One step through Eq. 1-13: (loss, terms for the log). Updates the statistics."""
     size, images = len(views["weak"]), torch.cat([views["labeled"], views["weak"]])
-    if num_views == 1:
+    if num_views == 1:  # FixMatch, Pseudo-Label
         logits, logits_strong = network(images), network(views["strong_1"])
     else:
         logits, logits_perturbed = network(images, perturb=size)
