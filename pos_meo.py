@@ -65,7 +65,7 @@ class Config(DataOptions, RunOptions):
     baseline: str = option("unimatch_v1", "V2: ViT, DPT, EMA teacher", choices=tuple(BASELINES))
     strategy: str = option("pos_meo", "how gradients are integrated", choices=STRATEGIES)
     alpha_unsup: float | None = option(None, "of --strategy fixed", low=0, high=1)
-    warmup: int | None = option(None, "uniform steps before POS (5 %; embedded data 50 %)", low=0)
+    warmup: int | None = option(None, "uniform steps first (5 % of a recipe; embedded 50 %)", low=0)
     cap: float = option(1.0, "alpha_u of POS at most; below 1: ours", low=0.5, high=1)
     threshold: float | None = option(None, "gamma of Eq. 2", low=0, below=1)
     measure: bool = option(True, "both gradients at logged steps of uniform and fixed, too")
@@ -294,12 +294,12 @@ def train(config: Config) -> None:
         require(name in UNIMATCH_V2, f"no UniMatch V2 recipe for {name}: --baseline unimatch_v1")
         data = replace(data, info=replace(data.info, **UNIMATCH_V2[name]))
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
-                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4,
-                           amp=bf16_is_fast(device),
-                           output=f"runs/pos_meo_{data.tag}_{config.seed}")
+                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
     pareto = config.strategy.startswith("pos")
     share = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
-    config = with_defaults(config, warmup=config.iterations // share if pareto else 0)
+    steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
+    config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // share if pareto else 0,
+                           output=f"runs/pos_meo_{data.tag}_{config.seed}")
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
     fixed = config.strategy == "fixed"
     require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
