@@ -17,7 +17,7 @@ Run
     python daw.py                                              embedded data, minutes on a laptop
     python daw.py --dataset pascal --labeled 92 --download     one GPU
     torchrun --nproc_per_node=8 daw.py --dataset pascal --labeled 92 --crop 513
-Baselines: --supervised; --weighting none (Pseudo-Label), fixed (UniMatch), power (AEL); --no-align.
+Baselines: --supervised; --weighting none, fixed (UniMatch; FixMatch: --views 1), power; --no-align.
 Results, figures and all differences from the paper and the released code: .docs/daw.md
 """
 
@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common.augment import IGNORE, cutmix, cutmix_boxes, normalize, strong_augment, to_float
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
@@ -39,7 +38,6 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSigna
                             option, parse, require, run_main, update_ema, with_defaults)
 
 WEIGHTINGS = ("none", "fixed", "power", "daw")
-MIN_PIXELS = 10  # fewer right (or wrong) pixels than this say nothing about their distribution
 
 
 @dataclass
@@ -50,6 +48,7 @@ class Config(DataOptions, RunOptions):
     align: bool = option(True, "distribution alignment of --weighting daw, Eq. 12")
     threshold: float | None = option(None, "of --weighting fixed", low=0, below=1)
     stats_momentum: float = option(0.99, "m of Eq. 6", low=0, below=1)
+    views: int = option(3, "UniMatch's; 1: one strong view, as FixMatch", choices=(1, 3))
     supervised: bool = option(False, "labeled images only")
     strong_labeled: bool = option(False, "with --supervised: the strong view of labeled images")
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
@@ -113,11 +112,8 @@ def align_distribution(probs: Tensor, labeled_mean: Tensor, unlabeled_mean: Tens
 
 def pseudo_label_weight(confidence: Tensor, weighting: str, threshold) -> Tensor:
     """f(p) of Table 1, in [0, 1]; threshold: t* for daw."""
-    if weighting == "none":
-        return torch.ones_like(confidence)
-    if weighting == "power":
-        return confidence**2
-    return (confidence >= threshold).to(confidence.dtype)
+    soft = {"none": torch.ones_like(confidence), "power": confidence**2}
+    return soft[weighting] if weighting in soft else (confidence >= threshold).to(confidence.dtype)
 
 
 def confidence_sums(probs: Tensor, label: Tensor) -> Tensor:
@@ -162,7 +158,7 @@ class Statistics(nn.Module):
         mean = mean_sum / images.clamp(min=1)  # Eq. 5
         variance = (square_sum / images.clamp(min=1) - mean**2).clamp(min=0)
         variance = variance * pixels / (pixels - 1).clamp(min=1)  # unbiased, Eq. 6
-        enough, counted = pixels >= MIN_PIXELS, sums[:, -1:]
+        enough, counted = pixels >= 10, sums[:, -1:]  # fewer say nothing about a distribution
         class_mean = sums[:, 4:-1] / counted.clamp(min=1)
         for old, new, known in ((self.mean, mean, enough), (self.variance, variance, enough),
                                 (self.class_mean, class_mean, counted > 0)):
@@ -201,23 +197,26 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: T
 
 
 def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dict) -> Tensor:
-    """Eq. 2 on both strong views, logits [2B, C, H, W]; in CutMix's boxes with the neighbour's."""
+    """Eq. 2 on one or both strong views, [B or 2B, ...]; in CutMix's boxes with the neighbour's."""
     own = (pseudo_label, weight, views["valid"])
     partners = [neighbour(part) for part in own]
     losses = []
-    for view, logits_view in zip(("strong_1", "strong_2"), logits.chunk(2)):
+    for view, logits_view in zip(("strong_1", "strong_2"), logits.split(len(weight))):
         boxes = views[view + "_boxes"]
         mixed = [cutmix(boxes, part, partner) for part, partner in zip(own, partners)]
         losses.append(weighted_loss(logits_view, *mixed))
-    return sum(losses) / 2
+    return sum(losses) / len(losses)
 
 
 def daw_loss(network, views: dict, statistics: Statistics, weighting: str, threshold: float,
-             align: bool, ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
+             align: bool, ohem: float, num_views: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
     """One step through Eq. 1-13: (loss, terms for the log). Updates the statistics."""
-    size = len(views["weak"])
-    logits, logits_perturbed = network(torch.cat([views["labeled"], views["weak"]]), perturb=size)
-    logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]))
+    size, images = len(views["weak"]), torch.cat([views["labeled"], views["weak"]])
+    if num_views == 1:  # FixMatch, Pseudo-Label
+        logits, logits_strong = network(images), network(views["strong_1"])
+    else:
+        logits, logits_perturbed = network(images, perturb=size)
+        logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]))
     logits_labeled, logits_weak = logits.split([len(logits) - size, size])
 
     with torch.no_grad():
@@ -232,9 +231,10 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
         weight = pseudo_label_weight(confidence, weighting, threshold) * views["valid"]
 
     loss_sup = supervised_loss(logits_labeled, views["label"], ohem)  # Eq. 1
-    loss_perturbed = weighted_loss(logits_perturbed, pseudo_label, weight, views["valid"])
-    loss_strong = strong_loss(logits_strong, pseudo_label, weight, views)
-    loss_unsup = 0.5 * loss_strong + 0.5 * loss_perturbed  # Eq. 13 on UniMatch's three views
+    loss_unsup = strong_loss(logits_strong, pseudo_label, weight, views)  # Eq. 13
+    if num_views == 3:  # UniMatch's: two strong ones, and the weak one with perturbed features
+        loss_perturbed = weighted_loss(logits_perturbed, pseudo_label, weight, views["valid"])
+        loss_unsup = 0.5 * loss_unsup + 0.5 * loss_perturbed
     loss = 0.5 * (loss_sup + loss_unsup)  # the paper writes their sum
     terms = {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup,
              "used": weight.sum() / mean_over_ranks(views["valid"].sum())}
@@ -278,7 +278,7 @@ def train(config: Config) -> None:
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
     if world_size > 1:
-        network = DDP(network, **KEEP_BUFFERS)
+        network = nn.parallel.DistributedDataParallel(network, **KEEP_BUFFERS)
     groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
@@ -318,7 +318,7 @@ def train(config: Config) -> None:
             views = make_views(batch, config.crop, data.info.blur)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 loss, terms = daw_loss(network, views, statistics, config.weighting,
-                                       config.threshold, config.align, config.ohem)
+                                       config.threshold, config.align, config.ohem, config.views)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

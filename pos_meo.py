@@ -4,28 +4,25 @@ Segmentation. Sun et al., ICCV 2025.
 The supervised and the unsupervised loss are summed with equal weights by everyone, but their
 gradients g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the
 shortest vector between g_s and g_u instead (the minimum-norm point): to first order no step along
-it harms either loss. It is itself short; MEO gives it the length of the uniform step back.
+it harms either loss of the batch. It is itself short; MEO gives it the uniform step's length back.
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
     Eq. 4       uniform and fixed weights             integration_weights
-    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pareto_weights
+    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pos_weight
     Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients
     Fig. 1, 3   conflict, norms, alpha                gradient_statistics
-    Fig. 5      loss and mIoU around the weights      landscape
+    Fig. 5      loss and mIoU around the weights      landscape; --landscape a/latest.pt,b/latest.pt
 
 Run
     python pos_meo.py                                              embedded data, on a laptop
-    python pos_meo.py --baseline unimatch_v2                       with a tiny vision transformer
     python pos_meo.py --dataset pascal --labeled 92 --download     one GPU
     torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --labeled 92 --baseline unimatch_v2
-    python pos_meo.py --landscape runs/a/latest.pt,runs/b/latest.pt
-Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5); --cap.
+Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5).
 Results, figures and all differences from the paper and UniMatch's code: .docs/pos_meo.md
 """
 
 import copy
-import dataclasses
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +43,9 @@ from common.runtime import (Checkpoint, Log, RunOptions, StopSignal, all_reduce_
 BASELINES = {"unimatch_v1": DeepLabV3Plus, "unimatch_v2": DPT}
 STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
 SUP, UNSUP = 0, 1  # g_s and g_u wherever something has two rows
-STATIONARY = 1e-6  # a Pareto step shorter than this share of |g_s| + |g_u| is rounding error
-HARM = -1e-6  # a cosine below this is no rounding error
+ROUNDING = 1e-6  # a cosine, or a length beside another one, below this is rounding error
+COLLAPSED = ("every pseudo label is of one class and the loss on labels has tripled: start again "
+             "in a new folder with a longer --warmup, or with --cap 0.8")
 CHUNK = 2**20  # of a gradient, whose float64 copies stay small
 DISTANCES = [step / 10 for step in range(-10, 11)]  # of the landscape
 DIRECTIONS, LANDSCAPE_BATCHES = 3, 6
@@ -67,7 +65,8 @@ class Config(DataOptions, RunOptions):
     baseline: str = option("unimatch_v1", "V2: ViT, DPT, EMA teacher", choices=tuple(BASELINES))
     strategy: str = option("pos_meo", "how gradients are integrated", choices=STRATEGIES)
     alpha_unsup: float | None = option(None, "of --strategy fixed", low=0, high=1)
-    cap: float | None = option(None, "alpha of POS at most (1; embedded data 0.8)", low=0.5, high=1)
+    warmup: int | None = option(None, "uniform steps first (5 % of a recipe; embedded 50 %)", low=0)
+    cap: float = option(1.0, "alpha_u of POS at most; below 1: ours", low=0.5, high=1)
     threshold: float | None = option(None, "gamma of Eq. 2", low=0, below=1)
     measure: bool = option(True, "both gradients at logged steps of uniform and fixed, too")
     landscape: str | None = option(None, "no training: Figure 5 of these checkpoints (commas)")
@@ -104,31 +103,30 @@ def minimum_norm_weight(ss: Tensor, su: Tensor, uu: Tensor) -> Tensor:
     return torch.where(distance > 0, alpha_unsup, 0.5)  # equal gradients
 
 
-def capped_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float) -> Tensor:
-    """alpha_u, 0-d, with two rules of ours around Eq. 6.
+def pos_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
+    """alpha_u that POS takes, 0-d: Eq. 6 but for two rules of ours.
 
-    Neither loss weighs more than `cap`, unless less would harm it: a student that teaches itself
-    shrinks g_u, and Eq. 6 follows the shorter gradient. And a zero gradient (no confident pixel)
-    must not stop the other loss.
+    A gradient that vanishes (no confident pixel) must not stop the other loss: the uniform step.
+    With `cap`, what Eq. 6 has above it is lowered, as long as that does not harm L_unsup.
     """
     conflict = su.clamp(max=0)
-    harmless = -conflict / (uu - conflict), ss / (ss - conflict)  # there h is orthogonal to one
-    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(1 - cap, cap).clamp(*harmless)
-    return torch.where((ss == 0) | (uu == 0), 0.5, alpha_unsup)
+    harmless = -conflict / (uu - conflict)  # there <h, g_u> is 0
+    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(max=cap).clamp(min=harmless)
+    vanishing = torch.minimum(ss, uu) <= ROUNDING**2 * torch.maximum(ss, uu)
+    return torch.where(vanishing, 0.5, alpha_unsup)
 
 
-def length(products: Tensor, w_sup: Tensor, w_unsup: Tensor) -> Tensor:
+def length(products: Tensor, w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
     """|w_s g_s + w_u g_u| from `inner_products`, 0-d."""
     ss, su, uu = products
     return (w_sup**2 * ss + 2 * w_sup * w_unsup * su + w_unsup**2 * uu).clamp(min=0).sqrt()
 
 
 def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
-    """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point, where the step is zero."""
-    half = torch.full_like(alpha_unsup, 0.5)
-    taken, uniform = length(products, 1 - alpha_unsup, alpha_unsup), length(products, half, half)
-    stationary = taken <= STATIONARY * (products[0].sqrt() + products[2].sqrt())
-    return torch.where(stationary, 0.0, uniform / taken)
+    """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point: opposite gradients, a zero step."""
+    taken = length(products, 1 - alpha_unsup, alpha_unsup)
+    stationary = taken <= ROUNDING * torch.minimum(products[0], products[2]).sqrt()
+    return torch.where(stationary, 0.0, length(products, 0.5, 0.5) / taken)
 
 
 def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | None = None,
@@ -137,15 +135,14 @@ def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | No
     if strategy in ("uniform", "fixed"):
         alpha = torch.full_like(products[0], 0.5 if strategy == "uniform" else alpha_unsup)
     else:
-        alpha = capped_weight(*products, cap)
+        alpha = pos_weight(*products, cap)
     weights = torch.stack([1 - alpha, alpha])
     return weights * magnification(products, alpha) if strategy == "pos_meo" else weights  # Eq. 13
 
 
 def pareto_weights(g_sup: Tensor, g_unsup: Tensor) -> tuple[Tensor, Tensor]:
     """(alpha_s, alpha_u) of Eq. 6 for flat gradients [P]: 0-d float64, without a host sync."""
-    weights = integration_weights(inner_products(g_sup, g_unsup), "pos")
-    return weights[SUP], weights[UNSUP]
+    return tuple(integration_weights(inner_products(g_sup, g_unsup), "pos"))
 
 
 def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=True) -> Tensor:
@@ -155,25 +152,25 @@ def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=Tr
     return weights[SUP] * g_sup + weights[UNSUP] * g_unsup
 
 
-def gradient_statistics(products: Tensor, weights: Tensor, cap: float) -> dict[str, Tensor]:
+def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Figures 1 and 3, for a step along weights[0] g_s + weights[1] g_u; 0-d tensors.
 
-    alpha_unsup, lambda: of POS + MEO, whatever was done. harmful: a step against one gradient.
+    alpha_unsup, lambda: Eq. 6, 13 (no cap), whatever was done. harmful: a step against a gradient.
     """
     ss, su, uu = products
-    alpha, half = capped_weight(ss, su, uu, cap), torch.full_like(ss, 0.5)
+    alpha = pos_weight(ss, su, uu)
 
-    def min_cosine(w_sup: Tensor, w_unsup: Tensor) -> Tensor:
+    def min_cosine(w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
         along = torch.stack([w_sup * ss + w_unsup * su, w_sup * su + w_unsup * uu])
         norms = length(products, w_sup, w_unsup) * torch.stack([ss, uu]).sqrt()
         return torch.where(norms > 0, along / norms, 0.0).min()
 
-    uniform, taken = min_cosine(half, half), min_cosine(*weights)
+    uniform, taken = min_cosine(0.5, 0.5), min_cosine(*weights)
     cosine = torch.where((ss > 0) & (uu > 0), su / (ss * uu).sqrt(), 0.0)
     return {"cosine": cosine, "norm_sup": ss.sqrt(), "norm_unsup": uu.sqrt(), "alpha_unsup": alpha,
             "lambda": magnification(products, alpha), "min_cosine_uniform": uniform,
-            "min_cosine": taken, "conflict": cosine < 0, "harmful_uniform": uniform < HARM,
-            "harmful": taken < HARM, "remark_1": uu < ss, "remark_2": alpha > 0.5}
+            "min_cosine": taken, "conflict": cosine < 0, "harmful_uniform": uniform < -ROUNDING,
+            "harmful": taken < -ROUNDING, "remark_1": uu < ss, "remark_2": alpha > 0.5}
 
 
 class Gradients:
@@ -187,11 +184,10 @@ class Gradients:
         self.parameters = [value for value in model.parameters() if value.requires_grad]
         sizes = [value.numel() for value in self.parameters]
         self.flat = self.parameters[0].new_zeros(rows, sum(sizes))
-        self.views = []  # in the parameters' own memory format, as the fused optimizers want it
-        for row in self.flat:
-            pieces = zip(row.split(sizes), self.parameters)
-            self.views.append([piece.as_strided(value.shape, value.stride())
-                               for piece, value in pieces])
+        # In the parameters' own memory format, as the fused optimizers want it.
+        self.views = [[piece.as_strided(value.shape, value.stride())
+                       for piece, value in zip(row.split(sizes), self.parameters)]
+                      for row in self.flat]
 
     def backward(self, loss: Tensor, row: int, retain_graph: bool = False) -> None:
         self.select(row)
@@ -235,7 +231,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
 def pseudo_labels(logits: Tensor, valid: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Eq. 2: teacher's logits [B, C, H, W] -> (pseudo label, 1 where it is used), [B, H, W]."""
     confidence, pseudo_label = logits.float().softmax(dim=1).max(dim=1)
-    return pseudo_label, ((confidence >= threshold) & valid).float()
+    return pseudo_label, ((confidence >= threshold) & valid).float()  # Eq. 2: >; UniMatch: >=
 
 
 def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
@@ -249,11 +245,11 @@ def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dic
     own = (pseudo_label, weight, views["valid"])
     partners = [neighbour(part) for part in own]
     losses = []
-    for view, logits_view in zip(("strong_1", "strong_2"), logits.chunk(2)):
+    for view, logits_view in zip(("strong_1", "strong_2"), logits.split(len(weight))):
         boxes = views[view + "_boxes"]
         mixed = [cutmix(boxes, part, partner) for part, partner in zip(own, partners)]
         losses.append(weighted_loss(logits_view, *mixed))
-    return sum(losses) / 2
+    return sum(losses) / len(losses)
 
 
 def unimatch_v1_losses(network, views: dict, threshold: float, ohem: float) -> tuple[Tensor, ...]:
@@ -296,19 +292,20 @@ def train(config: Config) -> None:
     if is_v2:
         name = data.info.name.split("_")[0]
         require(name in UNIMATCH_V2, f"no UniMatch V2 recipe for {name}: --baseline unimatch_v1")
-        info = dataclasses.replace(data.info, **UNIMATCH_V2[name])
-        data = dataclasses.replace(data, info=info)
+        data = replace(data, info=replace(data.info, **UNIMATCH_V2[name]))
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
-                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4,
-                           cap=0.8 if data.info.embedded else 1.0, amp=bf16_is_fast(device),
+                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
+    pareto = config.strategy.startswith("pos")
+    share = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
+    steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
+    config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // share if pareto else 0,
                            output=f"runs/pos_meo_{data.tag}_{config.seed}")
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
-    fixed, threshold = config.strategy == "fixed", config.threshold
+    fixed = config.strategy == "fixed"
     require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
 
     torch.manual_seed(config.seed)
-    network_class = BASELINES[config.baseline]
-    model = network_class(config.backbone, data.info.num_classes, config.weights)
+    model = BASELINES[config.baseline](config.backbone, data.info.num_classes, config.weights)
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.checkpoint_activations:
@@ -326,14 +323,13 @@ def train(config: Config) -> None:
     evaluated = model
     if config.ema_decay:
         evaluated = state["ema"] = make_ema(model)
-    pareto = config.strategy.startswith("pos")
     gradients = Gradients(model, rows=2 if pareto or config.measure else 1)
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               2 * config.batch_size, config.tensorboard)
-    stop = StopSignal()
+    stop, lowest = StopSignal(), torch.inf
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
 
@@ -351,25 +347,27 @@ def train(config: Config) -> None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.blur)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+            arguments = views, config.threshold, config.ohem
             if is_v2:
-                losses = unimatch_v2_losses(network, evaluated, views, threshold, config.ohem)
+                losses = unimatch_v2_losses(network, evaluated, *arguments)
             else:
-                losses = unimatch_v1_losses(network, views, threshold, config.ohem)
+                losses = unimatch_v1_losses(network, *arguments)
         loss_sup, loss_unsup, pseudo_label, used = losses
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
-                 "loss_unsup": loss_unsup,
+                 "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
                  "used": used.sum() / mean_over_ranks(views["valid"].sum())}
         gradients.flat.zero_()
-        if pareto or config.measure and step % config.log_every == 0:
+        strategy = config.strategy if step > config.warmup else "uniform"
+        if strategy.startswith("pos") or config.measure and step % config.log_every == 0:
             gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph
             gradients.backward(loss_unsup, UNSUP)
             gradients.average_over_ranks()
             products = inner_products(*gradients.flat)
-            weights = integration_weights(products, config.strategy, config.alpha_unsup, config.cap)
+            weights = integration_weights(products, strategy, config.alpha_unsup, config.cap)
             gradients.integrate(weights)
-            terms |= gradient_statistics(products, weights, config.cap)
+            terms |= gradient_statistics(products, weights)
         else:  # one traversal gives the weighted sum
-            alpha = config.alpha_unsup if fixed else 0.5
+            alpha = config.alpha_unsup if strategy == "fixed" else 0.5
             gradients.backward((1 - alpha) * loss_sup + alpha * loss_unsup, SUP)
             gradients.average_over_ranks()
         optimizer.step()
@@ -383,6 +381,8 @@ def train(config: Config) -> None:
             terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
         if means := log.step(step, terms):
             log.write(step, means)
+            lowest = min(lowest, means["loss_sup"])
+            require(means["one_class"] < 1 or means["loss_sup"] < 3 * lowest, COLLAPSED)
         due = step % (config.save_every or config.eval_every) == 0
         if stop.requested(step) or due or log.evaluation_is_due(step):
             checkpoint.save(step, log.pending)
@@ -396,8 +396,8 @@ def train(config: Config) -> None:
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
-    network_class = BASELINES[config["baseline"]]
-    model = network_class(config["backbone"], num_classes, random_weights_like(state))
+    weights = random_weights_like(state)
+    model = BASELINES[config["baseline"]](config["backbone"], num_classes, weights)
     return load_strictly(model, state, "the checkpoint's weights")
 
 

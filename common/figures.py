@@ -226,22 +226,22 @@ def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], labeled_pix
 
 
 def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
-    """Confidences of right and of wrong predictions as two Gaussians, and their crossing t* (DAW,
-    Figures 2 and 4): over the training, and in the first and the last line that has them."""
+    """DAW, Figure 2, and Figure 4 of one run: after a tenth of the training, and at its end."""
     column = columns_of(lines, "t_star")
     steps, t_star, lowest = (column[name] for name in ("iteration", "t_star", "lowest"))
     figure, (time, *snapshots) = panels(3.6, 4.3, 4.3, 4.3)
+    snapshots = list(zip(snapshots, (len(steps) // 10, -1)))  # averages begin far off
     for sign, name, color in (("pos", "right", "tab:green"), ("neg", "wrong", "tab:red")):
         mu, sigma = column[f"mu_{sign}"], column[f"sigma_{sign}"]
         time.plot(steps, mu, color=color, label=name)
         time.fill_between(steps, mu - sigma, mu + sigma, color=color, alpha=0.15)
-        for axes, k in zip(snapshots, (0, -1)):
+        for axes, k in snapshots:
             p = np.linspace(lowest[k], 1, 400)
             density = np.exp(-(((p - mu[k]) / sigma[k]) ** 2) / 2)
             axes.plot(p, density / (density.mean() * (1 - lowest[k])), color=color, label=name)
     time.plot(steps, t_star, "k--", label="t*")
     time.set(xlabel="iteration", ylabel="confidence", ylim=(0, 1.05))
-    for axes, k in zip(snapshots, (0, -1)):
+    for axes, k in snapshots:
         axes.axvline(t_star[k], color="black", linestyle="--")
         axes.set(xlabel="confidence", title=f"iteration {steps[k]:.0f}")
     time.legend()

@@ -3,6 +3,8 @@
     loader         unlabeled samples of one core; --released FOLDER: a checkout of UniMatch beside
     step           training steps of UniMatch and DAW; augmentation, statistics and alignment
     strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two
+    harm           steps of pos_meo.py against the mean gradient of all labeled images, or of many
+                   unlabeled ones: --checkpoint of a run with UniMatch V1
     sampling       diffmatch.py at inference: its parts, 1 to 5 denoising steps, and DeepLabv3+
     kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
     rectification  training steps of diffrect.py without and with its rectifier
@@ -37,16 +39,18 @@ sys.path.insert(0, str(ROOT))
 
 import daw
 import diffmatch
+import pos_meo
 import usrn
 from common import medical
-from common.data import DATASETS, Data, Sample, TrainingSet
-from common.evaluate import evaluate
+from common.data import DATASETS, Data, Sample, TrainingSet, load_data, training_loader
+from common.evaluate import data_options, evaluate, load_predictor
 from common.models import DeepLabV3Plus
 from common.runtime import bf16_is_fast, init_distributed, parse, require, run_main, say
 
 CLASSES = 21
 SIZES = {"rounds": 5, "backbone": "resnet50", "crop": 321, "batch": 2, "points": 1_000_000,
-         "reference_points": 10_000, "clusters": 121, "channels": 256, "released": ""}
+         "reference_points": 10_000, "clusters": 121, "channels": 256, "released": "",
+         "checkpoint": ""}
 OTHER_SIZES = {"sampling": {"crop": 513}, "rectification": {"crop": 256, "batch": 3}}
 SMALL = {"rounds": 2, "backbone": "tiny", "crop": 64, "points": 20_000, "reference_points": 2_000,
          "clusters": 20, "channels": 32}
@@ -145,8 +149,34 @@ def step(sizes) -> None:
 
 
 def strategies(sizes) -> None:
-    candidates = {"uniform": ["--strategy", "uniform", "--no-measure"], "POS + MEO": []}
+    candidates = {"uniform": ["--strategy", "uniform", "--no-measure"],
+                  "POS + MEO": ["--warmup", "0"]}
     compare_trainings("pos_meo", candidates, sizes, [*SHAPES, sizes.backbone])
+
+
+def harm(sizes) -> None:
+    """A step takes 8 + 8 images; the means are over 60 such batches at the same weights."""
+    if not sizes.checkpoint:
+        return say("  needs --checkpoint")
+    model, config, info = load_predictor(sizes.checkpoint, "cpu")
+    model.train()
+    data, gradients, pairs = load_data(data_options(config)), pos_meo.Gradients(model, 2), []
+    for batch in training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"),
+                                 num_workers=0):
+        views = pos_meo.make_views(batch, config["crop"], info.blur)
+        losses = pos_meo.unimatch_v1_losses(model, views, config["threshold"], config["ohem"])
+        gradients.flat.zero_()
+        for row in (pos_meo.SUP, pos_meo.UNSUP):
+            gradients.backward(losses[row], row, retain_graph=True)
+        pairs.append(gradients.flat.double())
+    means = torch.stack(pairs).mean(dim=0)  # [2, P]
+    for strategy in ("uniform", "pos"):
+        weights = [pos_meo.integration_weights(pos_meo.inner_products(*pair), strategy)
+                   for pair in pairs]
+        along = torch.stack([means @ (w @ pair) for w, pair in zip(weights, pairs)])  # [60, 2]
+        sup, unsup = (along < 0).sum(dim=0).tolist()
+        say(f"  {strategy:8} of {len(pairs)} steps {sup} are against the mean supervised gradient, "
+            f"{unsup} against the mean unsupervised one")
 
 
 def rectification(sizes) -> None:
@@ -275,7 +305,7 @@ def distances(sizes) -> None:
 
 
 SUBJECTS = {function.__name__: function for function in (
-    loader, step, strategies, sampling, kmeans, rectification, evaluation, distances)}
+    loader, step, strategies, harm, sampling, kmeans, rectification, evaluation, distances)}
 
 
 def main() -> None:

@@ -110,7 +110,9 @@ class Playback(nn.Module):
     def forward(self, images, perturb=0):
         self.seen.append(images)
         assert perturb in (0, 3)
-        return (self.first, self.perturbed) if perturb else self.strong
+        if perturb:
+            return self.first, self.perturbed
+        return self.strong[: len(images)] if len(self.seen) % 2 == 0 else self.first
 
     def predictions(self):  # of labeled, of weak images
         return self.first.detach().softmax(dim=1).chunk(2)
@@ -197,14 +199,16 @@ def pasted(values, boxes):
     return mixed
 
 
-@pytest.mark.parametrize("weighting, align", [("none", True), ("fixed", True), ("power", True),
-                                              ("daw", True), ("daw", False)])
-def test_a_step_equals_plain_loops(weighting, align):
+@pytest.mark.parametrize("weighting, align, num_views", [
+    ("none", True, 3), ("fixed", True, 3), ("power", True, 3), ("daw", True, 3), ("daw", False, 3),
+    ("fixed", True, 1), ("daw", True, 1)])
+def test_a_step_equals_plain_loops(weighting, align, num_views):
     """The losses, and by autograd of loops in float64 the gradient of every use of every view."""
     views, network, statistics = draw_views(1), Playback(), settled_statistics()
-    loss, terms = daw.daw_loss(network, views, statistics, weighting, 0.8, align, 0.0)
+    loss, terms = daw.daw_loss(network, views, statistics, weighting, 0.8, align, 0.0, num_views)
     loss.backward()
-    for images, names in zip(network.seen, (("labeled", "weak"), ("strong_1", "strong_2"))):
+    strong_views = ("strong_1", "strong_2")[:num_views]
+    for images, names in zip(network.seen, (("labeled", "weak"), strong_views), strict=True):
         assert torch.equal(images, torch.cat([views[name] for name in names]))
     (labeled_probs, probs), after = network.predictions(), settled_statistics()
     after.update(labeled_probs, views["label"], probs, views["valid"])
@@ -227,10 +231,12 @@ def test_a_step_equals_plain_loops(weighting, align):
                                          for part in network.parameters()]
     seen, valid = views["label"] != IGNORE, views["valid"]
     loss_sup = sum_of_losses(first[:3], views["label"], seen.double()) / seen.sum()
-    loss_unsup = sum_of_losses(perturbed, pseudo_label, weight) / valid.sum() / 2
-    for view, logits_view in zip(("strong_1", "strong_2"), strong.chunk(2)):
+    shares = (0.25, 0.5) if num_views == 3 else (1, 0)  # of a strong view, of the perturbed one
+    loss_unsup = shares[1] * sum_of_losses(perturbed, pseudo_label, weight) / valid.sum()
+    for view, logits_view in zip(strong_views, strong.chunk(2)):
         mixed = [pasted(part, views[view + "_boxes"]) for part in (pseudo_label, weight, valid)]
-        loss_unsup = loss_unsup + sum_of_losses(logits_view, *mixed[:2]) / mixed[2].sum() / 4
+        part = sum_of_losses(logits_view, *mixed[:2]) / mixed[2].sum()
+        loss_unsup = loss_unsup + shares[0] * part
     known = weight * (views["truth"] != IGNORE)
     expected = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup, "loss_unsup": loss_unsup,
                 "used": weight.sum() / valid.sum(),
@@ -239,7 +245,7 @@ def test_a_step_equals_plain_loops(weighting, align):
         assert value.item() == pytest.approx(expected[name].item(), rel=1e-5)
     expected["loss"].backward()
     for ours, theirs in zip(network.parameters(), logits):
-        assert_near(ours.grad, theirs.grad)
+        assert_near(torch.zeros(()) if ours.grad is None else ours.grad, theirs.grad)
 
 
 def test_nothing_confident_nothing_labeled_nothing_valid():
@@ -280,13 +286,15 @@ def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
 # ---------------------------------------------------------------- runs
 
 
-
 def train(root, folder, *options):
     where = ["--data-root", str(root), "--output", str(folder)]
     daw.train(runtime.parse(daw.Config, argv=[*QUICK, *where, *options]))
 
 
 def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, keep_signal_handlers):
+    train(shapes, tmp_path / "one", "--ema-decay", "0.5", "--iterations", "1")
+    one = state(tmp_path / "one")  # min(1 - 1 / 1, 0.5) of the old average: nothing is left of it
+    assert_identical(one["ema"], one["model"])
     train(shapes, tmp_path, "--ema-decay", "0.5")
     predict, config, _ = load_predictor(tmp_path / "latest.pt", "cpu")
     saved = state(tmp_path)
@@ -300,12 +308,16 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, kee
 
 @pytest.mark.parametrize("options", [
     ["--supervised", "--strong-labeled", "--labeled", "all"],
-    ["--weighting", "none", "--ohem", "0.7", "--checkpoint-activations"]])
-def test_variants_train(options, shapes, tmp_path, keep_signal_handlers):
+    ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations"]])
+def test_variants_train(options, shapes, tmp_path, monkeypatch, keep_signal_handlers):
+    perturbed, forward = [], daw.DeepLabV3Plus.forward
+    monkeypatch.setattr(daw.DeepLabV3Plus, "forward", lambda self, images, perturb=0: (
+        perturbed.append(perturb), forward(self, images, perturb))[1])
     train(shapes, tmp_path, "--iterations", "2", *options)
     lines = lines_of(tmp_path)
     assert len(lines) == 2 and all(0 < line["loss"] < 10 for line in lines)
     assert all(line.get("used", 0) == ("none" in options) for line in lines)
+    assert perturbed and not any(perturbed)  # neither wants three views
 
 
 class Pointwise(nn.Conv2d):
@@ -336,6 +348,9 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, 
     train(shapes, tmp_path / "one", *options)
     on_two_ranks(lambda rank: train(shapes, tmp_path / "two", *options), tmp_path)
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
+    lines, learned = lines_of(tmp_path / "one"), one["statistics"]["mean"].tolist()
+    assert [lines[-1]["mu_pos"], lines[-1]["mu_neg"]] == pytest.approx(learned, abs=1e-5)
+    assert len({line["mu_pos"] for line in lines}) == 4
     for name, value in {**one["model"], **one["statistics"]}.items():
         assert_near({**two["model"], **two["statistics"]}[name], value, rel=1e-9)
     for alone, shared in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):

@@ -150,12 +150,12 @@ def test_class_shares(drawn, tmp_path):
 
 
 def test_distributions(drawn, tmp_path):
-    lines = [{"iteration": i, "t_star": 0.1 * i, **GAUSSIANS} for i in range(1, 9)]
+    lines = [{"iteration": i, "t_star": 0.02 * i, **GAUSSIANS} for i in range(1, 41)]
     figures.plot_distributions([{"iteration": 1, "loss": 2.0}, *lines], tmp_path / "figure.png")
     time, first, last = drawn[0].axes
-    assert list(time.lines[0].get_ydata()) == [0.9] * 8
-    assert list(time.lines[2].get_ydata()) == pytest.approx([0.1 * i for i in range(1, 9)])
-    assert (first.get_title(), last.get_title()) == ("iteration 1", "iteration 8")
+    assert list(time.lines[0].get_ydata()) == [0.9] * 40
+    assert list(time.lines[2].get_ydata()) == pytest.approx([0.02 * i for i in range(1, 41)])
+    assert (first.get_title(), last.get_title()) == ("iteration 5", "iteration 40")
     for curve, peak in zip(last.lines, (0.9, 0.4)):
         p, density = curve.get_data()
         assert p[np.argmax(density)] == pytest.approx(peak, abs=0.01)

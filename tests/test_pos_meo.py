@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 import daw
 import pos_meo
 from common import runtime
-from common.data import load_data, training_loader
+from common.data import DATASETS, Data, load_data, training_loader
 from common.models import DeepLabV3Plus
 from pos_meo import SUP, UNSUP
 
@@ -79,29 +80,33 @@ def test_weights_of_parallel_opposite_and_zero_gradients(size):
         assert found.item() == pytest.approx(alpha, abs=1e-6)
 
 
-def capped_by_search(g_sup, g_unsup, cap):
-    """Of the steps that harm no loss the shortest one within the cap, or else the closest to it."""
-    a, b = g_sup.double(), g_unsup.double()
-    alphas = torch.linspace(0, 1, 2001, dtype=torch.float64)
-    steps = (1 - alphas)[:, None] * a + alphas[:, None] * b
-    harmless = torch.minimum(steps @ a, steps @ b) >= 0
-    excess = (torch.maximum(alphas, 1 - alphas) - cap).clamp(min=1e-9)
-    excess[~harmless] = torch.inf
-    lengths = torch.linalg.vector_norm(steps, dim=1)
-    lengths[excess > excess.min()] = torch.inf
-    return alphas[lengths.argmin()].item()
-
-
 @pytest.mark.parametrize("cap", [0.5, 0.8])
-def test_capped_weights_are_those_of_a_search(cap):
+def test_cap_lowers_alpha_as_long_as_the_unsupervised_loss_is_not_harmed(cap):
     seen = {"Eq. 6": 0, "cap": 0, "harm": 0}
-    for pair in pairs():
-        products = pos_meo.inner_products(*pair)
+    for g_sup, g_unsup in pairs():
+        expected, case = shortest(g_sup, g_unsup), "Eq. 6"
+        if expected > cap:
+            alphas = torch.linspace(cap, expected, 2001, dtype=torch.float64)[:, None]
+            steps = (1 - alphas) * g_sup.double() + alphas * g_unsup.double()
+            lowest = (steps @ g_unsup.double() >= -1e-9 * g_unsup.norm() ** 2).nonzero()[0]
+            expected, case = alphas[lowest].item(), "harm" if lowest else "cap"
+        products = pos_meo.inner_products(g_sup, g_unsup)
         weights = pos_meo.integration_weights(products, "pos", cap=cap)
-        assert weights[UNSUP].item() == pytest.approx(capped_by_search(*pair, cap), abs=1e-3)
-        is_eq_6 = abs(weights[UNSUP].item() - shortest(*pair)) < 1e-6
-        seen["Eq. 6" if is_eq_6 else "cap" if weights.max() <= cap + 1e-6 else "harm"] += 1
-    assert min(seen.values()) > 5, seen
+        assert weights[UNSUP].item() == pytest.approx(expected, abs=1e-3)
+        seen[case] += 1
+    assert min(seen.values()) > 4, seen
+
+
+def test_a_vanishing_gradient_gives_the_uniform_step_and_a_small_one_does_not():
+    g, other = torch.randn(2, 300, generator=seeded(5))
+    for ratio in (0, 1e-30, 1e-12, 1e-7):
+        for pair in ((g, ratio * other), (ratio * other, g)):
+            for magnified in (False, True):
+                step = pos_meo.integrate_gradients(*pair, magnified)
+                assert_near(step, (pair[0] + pair[1]) / 2)
+    small = 1e-5 * other
+    assert cosine(pos_meo.integrate_gradients(g, small), small) > 0.999  # MEO's long step, Eq. 13
+    assert_near(pos_meo.integrate_gradients(g, small).norm(), g.norm() / 2, 1e-4)
 
 
 def test_inner_products_are_those_of_float64_whatever_the_chunk(monkeypatch):
@@ -143,10 +148,9 @@ def test_no_step_harms_a_loss_and_meo_has_the_uniform_steps_length():
 
 def test_a_stationary_point_gives_a_zero_step():
     g = torch.randn(300, generator=seeded(4))
-    for ratio in (1.0, 1.7, 0.013):
+    for ratio in (1.0, 1.7, 0.013, 1e-5):
         assert not pos_meo.integrate_gradients(g, -ratio * g).any()
     assert not pos_meo.integrate_gradients(0 * g, 0 * g).any()
-    assert_near(pos_meo.integrate_gradients(g, 0 * g), g / 2)  # which is no conflict
 
 
 @pytest.mark.parametrize("strategy", pos_meo.STRATEGIES)
@@ -161,7 +165,7 @@ def test_statistics_equal_those_of_the_vectors(strategy):
         expected = {"cosine": cosine(*pair), "norm_sup": norms[SUP], "norm_unsup": norms[UNSUP],
                     "alpha_unsup": alpha, "lambda": uniform.norm() / step_of("pos", *pair).norm(),
                     "min_cosine_uniform": worst_uniform, "min_cosine": worst}
-        statistics = pos_meo.gradient_statistics(products, weights, cap=1.0)
+        statistics = pos_meo.gradient_statistics(products, weights)
         for name, value in expected.items():
             assert statistics[name].item() == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
         assert statistics["conflict"] == (cosine(*pair) < 0)
@@ -178,7 +182,7 @@ def test_statistics_of_zero_and_opposite_gradients_are_finite(strategy):
     for pair in ((g, zero), (zero, g), (zero, zero), (g, g), (g, -g)):
         products = pos_meo.inner_products(*pair)
         weights = pos_meo.integration_weights(products, strategy, 0.7)
-        statistics = pos_meo.gradient_statistics(products, weights, cap=0.8)
+        statistics = pos_meo.gradient_statistics(products, weights)
         assert all(value.isfinite() for value in (*weights, *statistics.values()))
         assert statistics["alpha_unsup"] == pytest.approx(0.5)
         if not products[0] * products[2]:
@@ -264,7 +268,7 @@ def test_a_step_reads_nothing_back_from_the_device(baseline):
     products = pos_meo.inner_products(*gradients.flat)
     weights = pos_meo.integration_weights(products, "pos_meo", cap=0.8)
     gradients.integrate(weights)
-    statistics = pos_meo.gradient_statistics(products, weights, 0.8)
+    statistics = pos_meo.gradient_statistics(products, weights)
     assert {value.device.type for value in statistics.values()} == {"meta"}
 
 
@@ -288,8 +292,8 @@ def float64(monkeypatch, keep_signal_handlers):
     torch.set_default_dtype(torch.float32)
 
 
-def plain_training(config, strategy):
-    """(weights before, weights after) two steps, each from two calls of autograd.grad."""
+def plain_training(config, strategy, warmup):
+    """Weights before, after and their average over two steps of two calls of autograd.grad each."""
     is_v2, data = config.baseline == "unimatch_v2", load_data(config)
     torch.manual_seed(config.seed)
     model = pos_meo.BASELINES[config.baseline](BACKBONES[config.baseline], 8)
@@ -298,7 +302,7 @@ def plain_training(config, strategy):
     optimizer = torch.optim.SGD(model.parameter_groups(0, 0), momentum=0.9, weight_decay=1e-4)
     if is_v2:
         optimizer = torch.optim.AdamW(model.parameter_groups(0, 0), weight_decay=0.01)
-    before = flat(parameters)
+    before, after = flat(parameters), []
     torch.manual_seed(config.seed)
     cpu = torch.device("cpu")
     batches = training_loader(data, config.crop, 2, config.seed, 0, 2, cpu, num_workers=0)
@@ -309,38 +313,85 @@ def plain_training(config, strategy):
         g_sup, g_unsup = (flat(torch.autograd.grad(
             loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True))
             for loss in losses[:2])
-        gradient = step_of(strategy, g_sup, g_unsup)
+        gradient = step_of(strategy if step >= warmup else "uniform", g_sup, g_unsup)
         for value, part in zip(parameters, gradient.split([value.numel() for value in parameters])):
             value.grad = part.view_as(value)
         for group, multiplier in zip(optimizer.param_groups, (1, config.head_lr_multiplier)):
             group["lr"] = config.lr * multiplier * (1 - step / 2) ** 0.9
         optimizer.step()
+        after.append(flat(parameters))
         if is_v2:  # min(1 - 1 / 1, 0.996) of the old average, after the first step
             teacher = [copy.deepcopy(model).eval()]
-    return before, flat(parameters)
+    return before, after[1], (after[0] + after[1]) / 2  # min(1 - 1 / 2, 0.996) of the old average
 
 
-@pytest.mark.parametrize("baseline, strategy, options", [
-    ("unimatch_v1", "uniform", ["--no-measure"]),
-    ("unimatch_v1", "fixed", ["--alpha-unsup", 0.25, "--log-every", 2]),
-    ("unimatch_v1", "pos_meo", []), ("unimatch_v2", "pos", []),
-    ("unimatch_v2", "fixed", ["--alpha-unsup", 0.25, "--log-every", 2])])
-def test_training_takes_plain_steps(baseline, strategy, options, shapes, tmp_path, float64):
+@pytest.mark.parametrize("baseline, strategy, warmup, options", [
+    ("unimatch_v1", "uniform", 0, ["--no-measure"]),
+    ("unimatch_v1", "fixed", 0, ["--alpha-unsup", 0.25, "--log-every", 2]),
+    ("unimatch_v1", "pos_meo", 1, ["--warmup", 1]),
+    ("unimatch_v1", "pos_meo", 0, ["--warmup", 0]), ("unimatch_v2", "pos", 0, ["--warmup", 0]),
+    ("unimatch_v2", "fixed", 0, ["--alpha-unsup", 0.25, "--log-every", 2])])
+def test_training_takes_plain_steps(baseline, strategy, warmup, options, shapes, tmp_path, float64):
     config = configured("--data-root", shapes, "--output", tmp_path, "--baseline", baseline,
                         "--strategy", strategy, "--iterations", 2, "--lr", 1e-4,
-                        "--head-lr-multiplier", 5, "--cap", 1, "--threshold",
+                        "--head-lr-multiplier", 5, "--threshold",
                         0.2 if baseline == "unimatch_v1" else 0.15, *options)
     pos_meo.train(config)
-    before, expected = plain_training(config, strategy)
-    model = pos_meo.BASELINES[baseline](BACKBONES[baseline], 8)
-    model.load_state_dict(state(tmp_path)["model"])
-    after = flat(value for value in model.parameters() if value.requires_grad)
-    assert_near(after - before, expected - before, rel=1e-5)
+    before, *expected = plain_training(config, strategy, warmup)
+    model, saved = pos_meo.BASELINES[baseline](BACKBONES[baseline], 8), state(tmp_path)
+    for weights, value in zip((saved["model"], saved.get("ema")), expected):
+        if weights:
+            model.load_state_dict(weights)
+            after = flat(value for value in model.parameters() if value.requires_grad)
+            assert_near(after - before, value - before, rel=1e-5)
     lines = lines_of(tmp_path)
     assert all(0.02 < line["used"] < 0.98 for line in lines)
     assert all(("alpha_unsup" in line) is ("--no-measure" not in options) for line in lines)
     if "pos" in strategy:
         assert all(abs(line["alpha_unsup"] - 0.5) > 0.02 for line in lines)
+
+
+class Started(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dataset, baseline, expected", [
+    ("pascal", "unimatch_v1", {"crop": 321, "iterations": 10_000, "warmup": 500, "cap": 1}),
+    ("cityscapes", "unimatch_v1", {"crop": 801, "threshold": 0, "warmup": 1500, "ohem": 0.7}),
+    ("cityscapes", "unimatch_v2", {"crop": 798, "threshold": 0.95, "warmup": 1125, "ohem": 0.7}),
+    ("shapes", "unimatch_v1", {"crop": 48, "iterations": 3500, "warmup": 1750, "cap": 1})])
+def test_recipes(dataset, baseline, expected, monkeypatch):
+    def start(folder, method, config, state):
+        raise Started(config)
+
+    data = Data(DATASETS[dataset], None, [], 1000 * [None], [], [], "tag")
+    monkeypatch.setattr(pos_meo, "load_data", lambda config: data)
+    monkeypatch.setattr(pos_meo, "Checkpoint", start)
+    options = f"--backbone {BACKBONES[baseline]} --weights none --device cpu --baseline {baseline}"
+    for more in ("", " --iterations 100"):  # a shorter run begins as the whole one
+        with pytest.raises(Started) as caught:
+            pos_meo.train(runtime.parse(pos_meo.Config, argv=(options + more).split()))
+        config = caught.value.args[0]
+        expected |= {"iterations": 100} if more else {}
+        assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("classes, factor, stops", [(1, 1.5, True), (2, 1.5, False),
+                                                    (1, 1.4, False)])
+def test_a_collapsed_run_is_stopped(classes, factor, stops, shapes, tmp_path, float64, monkeypatch):
+    """The loss on labels grows to 3.4 or 2.7 times what it was in the first of four steps."""
+    growth = iter(factor**step for step in range(4))
+
+    def losses(network, views, threshold, ohem):
+        loss = next(growth) + 0 * network(views["weak"]).sum()
+        pseudo_label = torch.arange(views["valid"].numel()).view_as(views["valid"]) % classes
+        return loss, loss, pseudo_label, views["valid"].float()
+
+    monkeypatch.setattr(pos_meo, "unimatch_v1_losses", losses)
+    expected = pytest.raises(runtime.UserError, match="--warmup") if stops else nullcontext()
+    with expected:
+        pos_meo.train(configured("--data-root", shapes, "--output", tmp_path))
+    assert [line["one_class"] for line in lines_of(tmp_path)] == 4 * [classes == 1]
 
 
 def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monkeypatch):
@@ -350,7 +401,7 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monk
         (torch.arange(size) < size // 2)[:, None].expand(batch, size, size)))
     monkeypatch.setattr(torch, "rand", torch.zeros)  # all channels are kept
     options = [*SECOND, "--data-root", shapes, "--batch-size", 4, "--iterations", 3, "--crop", 48,
-               "--output"]
+               "--warmup", 0, "--output"]
     configs = [configured("--threshold", 0.15, *options, tmp_path / n) for n in ("one", "two")]
     pos_meo.train(configs[0])
     on_two_ranks(lambda rank: pos_meo.train(configs[1]), tmp_path)
@@ -358,14 +409,15 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monk
     for name, value in one["model"].items():
         assert_near(two["model"][name], value, rel=1e-9)
     for alone, shared in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
-        del alone["used_accuracy"], shared["used_accuracy"]  # a mean of the ranks' ratios
+        for name in ("used_accuracy", "one_class"):  # means of what the ranks have
+            del alone[name], shared[name]
         assert shared == pytest.approx(alone, rel=1e-5, abs=2e-6)  # six digits are written
 
 
 @pytest.fixture
 def program(shapes, monkeypatch, capfd, keep_signal_handlers):
     """Run pos_meo.py with further options: (exit status, stdout, stderr)."""
-    start = ("pos_meo.py", monkeypatch, capfd, *QUICK, "--data-root", shapes)
+    start = ("pos_meo.py", monkeypatch, capfd, *QUICK, "--warmup", "0", "--data-root", shapes)
     return functools.partial(run_as_program, *start)
 
 
