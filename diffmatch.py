@@ -48,13 +48,20 @@ class Config(DataOptions, RunOptions):
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
     encoding: str = option("embedding", "of labels: learned vectors (Algorithm 2) or analog bits "
                            "(Section 3.4)", choices=("embedding", "bits"))
+    mask_channels: int = option(256, "of learned vectors (Algorithm 3); 0: t is all f gets", low=0)
+    mask_start: str = option("zero", "weights for the noisy mask start at zero or as in DDP",
+                             choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
     tau: float = option(0.1, "weight of the adjustment, Eq. 9 (Table 9); 0: none", low=0)
+    adjustment: str = option("scaled", "f / (C p) of Eq. 9: as probabilities and a constant, or as "
+                             "printed", choices=("scaled", "printed"))
     prior_momentum: float = option(0.99, "of the class prior of pseudo labels", low=0, below=1)
     threshold: float | None = option(None, "least confidence of a pseudo label", low=0, below=1)
     pseudo_steps: int = option(1, "denoising steps of a pseudo label", low=1)
     steps: int = option(3, "denoising steps at inference (Table 5)", low=1)
     time_difference: int = option(1, "td of Algorithm 3: steps that the noise is ahead", low=0)
+    feedback: str = option("own", "between steps, of the prediction: its label (Algorithm 3), its "
+                           "softmax or nothing", choices=("own", "softmax", "nothing"))
     noise_seed: int = option(0, "of the noise that inference starts from", low=0)
     single_view: bool = option(False, "one strong view, as in Eq. 6, not UniMatch's three")
     cutmix: bool = option(True, "CutMix between strong views, as UniMatch")
@@ -72,11 +79,17 @@ class Config(DataOptions, RunOptions):
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
-def alpha_bar(t) -> Tensor:
-    """The cosine schedule: times in [0, 1], of any shape -> float64 in (0, 1)."""
+def log_snr(t) -> Tensor:
+    """The cosine schedule, `alpha_cumprod` of Algorithm 2: times in [0, 1] of any shape ->
+    float64, log(alpha_bar / (1 - alpha_bar)), within [-19, 12]."""
     t = torch.as_tensor(t, dtype=torch.float64)
-    level = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** 2
-    return level.clamp(1e-9, 1 - 1e-9)  # Algorithm 2 prints log(level / (1 - level)), the log SNR
+    n = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** -2
+    return -(n - 1).clamp(min=1e-5).log()
+
+
+def alpha_bar(t) -> Tensor:
+    """Times in [0, 1] -> float64 in (0, 1), falling; Algorithm 2 leaves out the sigmoid."""
+    return log_snr(t).sigmoid()
 
 
 def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
@@ -87,15 +100,14 @@ def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
 
 def ddim_step(y_t: Tensor, y0: Tensor, t_now: float, t_next: float) -> Tensor:
     """Algorithm 3: from y_t at t_now > 0 to t_next, for the predicted, encoded y0 [B, K, h, w]."""
-    if t_next <= 0:
-        return y0
     level = alpha_bar(t_now)
     noise = (y_t - level.sqrt() * y0) / (1 - level).sqrt()
     return add_noise(y0, t_next, noise)  # printed: the noise at its level of t_now
 
 
 @torch.no_grad()
-def sample(model, z: Tensor, steps: int, noise: Tensor, time_difference: int = 1) -> Tensor:
+def sample(model, z: Tensor, noise: Tensor, steps: int, time_difference: int = 1,
+           feedback: str = "own") -> Tensor:
     """Algorithm 3: logits after each step, [steps, B, C, h, w], for features z [B, D, h, w] and
     noise [B, K, h, w], or [1, K, h, w] for all images. model: a DiffMatch."""
     if model.encode is None:  # the discriminative baseline has no mask to denoise: one pass
@@ -105,19 +117,20 @@ def sample(model, z: Tensor, steps: int, noise: Tensor, time_difference: int = 1
         t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
         t = torch.full((len(z),), t_now, device=z.device)
         predictions.append(model(denoise=(z, y_t, t)))
-        y0 = model.encode(predictions[-1].argmax(dim=1))
-        y_t = ddim_step(y_t, y0, t_now, t_next)
+        y_t = ddim_step(y_t, model.encode.prediction(predictions[-1], feedback), t_now, t_next)
     return torch.stack(predictions)
 
 
-def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float) -> Tensor:
-    """tau t |f - f*|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B]."""
-    # f* is f / (C p(y_0)), scaled to sum to one and a constant for the gradient, which thus moves
-    # probability from head to tail classes. The paper neither scales nor detaches it.
-    offset = (class_prior * len(class_prior)).log().to(logits)
-    debiased = (logits.detach() - offset.view(1, -1, 1, 1)).softmax(dim=1)
-    distance = (logits.softmax(dim=1) - debiased).square().sum(dim=1)
-    return tau * t.view(-1, 1, 1) * distance
+def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
+                   adjustment: str = "scaled") -> Tensor:
+    """tau t |f - f / (C p(y_0))|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B].
+    scaled: f / (C p) sums to one and is a constant for the gradient, which thus moves probability
+    from head to tail classes. printed: neither, as the paper writes it."""
+    probs = logits.softmax(dim=1)
+    debiased = probs / (len(class_prior) * class_prior).to(probs).view(1, -1, 1, 1)
+    if adjustment == "scaled":
+        debiased = F.normalize(debiased.detach(), p=1, dim=1)
+    return tau * t.view(-1, 1, 1) * (probs - debiased).square().sum(dim=1)
 
 
 class ClassPrior(nn.Module):
@@ -204,38 +217,47 @@ class DenoiserLayer(nn.Module):
         return torch.addcmul(shift, x, 1 + scale)
 
 
+class TimeEmbedding(nn.Module):
+    """Times [B] -> [B, outputs]: the log SNR, its sines and cosines at learned frequencies, an MLP.
+    Of DDP (Ji et al., ICCV 2023), whose denoiser the paper takes; with it Table 7's sizes fit."""
+
+    def __init__(self, outputs: int, frequencies: int = 8):
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(frequencies))
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies + 1, outputs), nn.GELU(),
+                                 nn.Linear(outputs, outputs))
+
+    def forward(self, t: Tensor) -> Tensor:
+        level = log_snr(t).float()[:, None]
+        angle = 2 * math.pi * level * self.frequencies
+        return self.mlp(torch.cat([level, angle.sin(), angle.cos()], dim=1))
+
+
 class MaskDenoiser(nn.Module):
     """f: features z [B, D, h, w], noisy mask y_t [B, K, h, w], t [B] -> logits [B, C, h, w]."""
 
-    def __init__(self, channels: int, mask_channels: int, num_classes: int, layers: int):
+    def __init__(self, channels: int, mask_channels: int, num_classes: int, layers: int,
+                 mask_start: str = "zero"):
         super().__init__()
-        # The 1x1 convolution of concat(y_t, z), as the sum of its two halves.
-        self.fuse_image = nn.Linear(channels, channels)
-        self.fuse_mask = nn.Linear(mask_channels, channels, bias=False) if mask_channels else None
-        if mask_channels:
-            # Not in the paper; else the features start, and with SGD stay, under a layer of noise.
-            nn.init.zeros_(self.fuse_mask.weight)
-        wide = 4 * channels
-        self.time = nn.Sequential(nn.Linear(channels, wide), nn.SiLU(), nn.Linear(wide, wide))
-        self.layers = nn.ModuleList(DenoiserLayer(channels, wide) for _ in range(layers))
+        self.fuse = nn.Linear(mask_channels + channels, channels)  # a 1x1 convolution
+        if mask_start == "ddp":
+            nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")
+        else:  # z as if alone, else it starts, and with SGD stays, under a layer of noise
+            mask_half, image_half = self.fuse.weight.data.split([mask_channels, channels], dim=1)
+            nn.init.kaiming_uniform_(image_half, a=math.sqrt(5))
+            mask_half.zero_()
+        self.time = TimeEmbedding(4 * channels)
+        self.layers = nn.ModuleList(DenoiserLayer(channels, 4 * channels) for _ in range(layers))
         self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, z: Tensor, y_t: Tensor | None, t: Tensor) -> Tensor:
         height, width = z.shape[2:]
-        x = self.fuse_image(z.flatten(2).transpose(1, 2))  # [B, h w, D]
-        if self.fuse_mask is not None:
-            x = x + self.fuse_mask(y_t.flatten(2).transpose(1, 2))
-        time = F.silu(self.time(sinusoids(t, z.shape[1])))  # [B, 4 D]
+        x = z if y_t is None else torch.cat([y_t.to(z.dtype), z], dim=1)
+        x = self.fuse(x.flatten(2).transpose(1, 2))  # [B, h w, D]
+        time = F.silu(self.time(t))  # [B, 4 D]
         for layer in self.layers:
             x = layer(x, time, height, width)
         return self.classifier(x).transpose(1, 2).unflatten(2, (height, width))
-
-
-def sinusoids(t: Tensor, channels: int) -> Tensor:
-    """Times [B] in [0, 1] -> [B, channels]: sines and cosines of 1000 t (Vaswani et al. 2017)."""
-    exponents = torch.arange(channels // 2, device=t.device) * (-math.log(10000) / (channels // 2))
-    angle = 1000 * t[:, None] * torch.exp(exponents)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class LabelEncoding(nn.Module):
@@ -252,10 +274,22 @@ class LabelEncoding(nn.Module):
             bits = torch.arange(num_classes + 1)[:, None] >> torch.arange(self.channels) & 1
             self.register_buffer("bits", bits.float() * 2 - 1, persistent=False)
 
+    def codes(self) -> Tensor:
+        """Of all classes and `unknown`, [C + 1, K]."""
+        learned = self.kind == "embedding"
+        return self.scale * (self.embedding.float().sigmoid() * 2 - 1 if learned else self.bits)
+
     def forward(self, label: Tensor) -> Tensor:
-        table = self.bits if self.kind == "bits" else self.embedding.float().sigmoid() * 2 - 1
         label = label.long().clamp(max=self.num_classes)
-        return F.embedding(label, table * self.scale).permute(0, 3, 1, 2)
+        return F.embedding(label, self.codes()).permute(0, 3, 1, 2)
+
+    def prediction(self, logits: Tensor, feedback: str) -> Tensor:
+        """Logits [B, C, h, w] -> [B, K, h, w]: the code of their label (own), the mean code under
+        their softmax, or zeros (nothing)."""
+        if feedback == "own":
+            return self(logits.argmax(dim=1))
+        shares = logits.softmax(dim=1) if feedback == "softmax" else torch.zeros_like(logits)
+        return torch.einsum("bchw,ck->bkhw", shares, self.codes()[:-1])
 
 
 class DiffMatch(nn.Module):
@@ -263,15 +297,17 @@ class DiffMatch(nn.Module):
     z under channel dropout. forward(denoise=(z, y_t, t)): f -> logits [B, C, H/4, W/4]."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
-                 encoding: str = "embedding", scale: float = 0.1, discriminative: bool = False):
+                 encoding: str = "embedding", scale: float = 0.1, discriminative: bool = False,
+                 mask_channels: int = 256, mask_start: str = "zero"):
         super().__init__()
         self.extractor = DeepLabV3Plus(backbone, num_classes, weights)
         self.extractor.classifier = nn.Identity()
-        channels, self.encode, self.mask_channels = self.extractor.channels, None, 0
+        self.encode, self.mask_channels = None, 0
         if not discriminative:
-            self.encode = LabelEncoding(encoding, num_classes, channels, scale)
+            self.encode = LabelEncoding(encoding, num_classes, mask_channels, scale)
             self.mask_channels = self.encode.channels
-        self.denoiser = MaskDenoiser(channels, self.mask_channels, num_classes, layers)
+        self.denoiser = MaskDenoiser(self.extractor.channels, self.mask_channels, num_classes,
+                                     layers, mask_start)
 
     def forward(self, images=None, perturb: int = 0, denoise: tuple | None = None):
         if denoise is not None:
@@ -288,10 +324,11 @@ class DiffMatch(nn.Module):
 class Sampler(nn.Module):
     """images [B, 3, H, W], normalised -> logits [B, C, H, W] after `steps` denoising steps."""
 
-    def __init__(self, model: DiffMatch, steps: int, time_difference: int, noise_seed: int):
+    def __init__(self, model: DiffMatch, steps: int, time_difference: int, noise_seed: int,
+                 feedback: str = "own"):
         super().__init__()
-        self.model, self.steps, self.time_difference = model, steps, time_difference
-        self.noise_seed = noise_seed
+        self.model, self.noise_seed = model, noise_seed
+        self.how = steps, time_difference, feedback
 
     def trajectory(self, images: Tensor) -> Tensor:
         """Logits after each step, [steps, B, C, H/4, W/4], from one noise for all images."""
@@ -299,7 +336,7 @@ class Sampler(nn.Module):
         generator = torch.Generator(z.device).manual_seed(self.noise_seed)
         shape = (1, self.model.mask_channels, *z.shape[2:])
         noise = torch.randn(shape, generator=generator, device=z.device)
-        return sample(self.model, z, self.steps, noise, self.time_difference)
+        return sample(self.model, z, noise, *self.how)
 
     def forward(self, images: Tensor) -> Tensor:
         return resize(self.trajectory(images)[-1], images.shape[2:])
@@ -320,11 +357,12 @@ def make_views(batch: dict[str, Tensor], crop: int, blur: tuple[float, float], n
 
 @torch.no_grad()
 def pseudo_labels(model: DiffMatch, z: Tensor, valid: Tensor, threshold: float, steps: int,
-                  time_difference: int) -> Tensor:
+                  time_difference: int, feedback: str) -> Tensor:
     """Eq. 6: weak features z and pure noise -> int64 [B, 2, H, W] with 255 = ignore: the label of
     all `valid` pixels, and that of the confident ones."""
     noise = torch.randn(len(z), model.mask_channels, *z.shape[2:], device=z.device)
-    logits = resize(sample(model, z, steps, noise, time_difference)[-1], valid.shape[1:])
+    logits = sample(model, z, noise, steps, time_difference, feedback)[-1]
+    logits = resize(logits, valid.shape[1:])
     confidence, label = logits.softmax(dim=1).max(dim=1)
     label = torch.where(valid, label, IGNORE)
     used = torch.where(confidence >= threshold, label, IGNORE)  # the baseline's, not in the paper
@@ -339,19 +377,21 @@ def downsample(label: Tensor, size: torch.Size) -> Tensor:
 
 
 def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, tau: float,
-              ohem: float = 0.0) -> Tensor:
+              adjustment: str, ohem: float = 0.0) -> Tensor:
     """Eq. 10, 11 of one view: logits [B, C, H, W], prior [C], t [B]; target [B, 2, H, W]: labels as
     of `pseudo_labels`. A mean over the pixels of the first one, all of which Eq. 9 adjusts."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
     loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, used, ohem) if ohem else loss.sum()
-    total = total + (debias_penalty(logits, class_prior, t, tau) * known).sum()
+    penalty = debias_penalty(logits, class_prior, t, tau, adjustment)
+    total = total + (penalty * known).sum()
     return total / mean_over_ranks(known.sum())
 
 
 def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: ClassPrior,
                    classes: tuple, threshold: float, pseudo_steps: int, time_difference: int,
-                   tau: float, ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
+                   feedback: str, tau: float, adjustment: str,
+                   ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Algorithm 1: (loss, terms for the log). Updates the prior. names: of the strong views.
     network: `model`, or what DDP and torch.compile have made of it."""
     size, single_view = len(views["weak"]), len(names) == 1
@@ -364,7 +404,8 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
         z_strong = torch.cat([z_perturbed, network(strong)])
     z_labeled, z_weak = z.split(size)
 
-    pseudo = pseudo_labels(model, z_weak, views["valid"], threshold, pseudo_steps, time_difference)
+    pseudo = pseudo_labels(model, z_weak, views["valid"], threshold, pseudo_steps, time_difference,
+                           feedback)
     partner = neighbour(pseudo)
     truth = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # labels are all used
     targets = [truth] if single_view else [truth, pseudo]
@@ -380,8 +421,8 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
     logits = resize(network(denoise=(z, y_t, t)), images.shape[2:])
 
     parts = list(zip(logits.split(size), targets, t.split(size)))
-    loss_sup = view_loss(*parts[0], prior.labels, tau, ohem)  # Eq. 10
-    losses = [view_loss(*part, prior.pseudo_labels, tau) for part in parts[1:]]  # Eq. 11
+    loss_sup = view_loss(*parts[0], prior.labels, tau, adjustment, ohem)  # Eq. 10
+    losses = [view_loss(*part, prior.pseudo_labels, tau, adjustment) for part in parts[1:]]  # 11
     loss_unsup = losses[0] if single_view else 0.5 * losses[0] + 0.5 * (losses[1] + losses[2]) / 2
     loss = 0.5 * (loss_sup + loss_unsup)  # the paper writes their sum
     prior.update(pseudo[:, 0])
@@ -418,7 +459,8 @@ def train(config: Config) -> None:
 
     torch.manual_seed(config.seed)
     model = DiffMatch(config.backbone, data.info.num_classes, config.weights, config.layers,
-                      config.encoding, config.scale, config.discriminative)
+                      config.encoding, config.scale, config.discriminative, config.mask_channels,
+                      config.mask_start)
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.checkpoint_activations:
@@ -432,7 +474,8 @@ def train(config: Config) -> None:
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     prior = ClassPrior(data.class_pixels, config.prior_momentum).to(device)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "prior": prior}
-    sampler = Sampler(model, config.steps, config.time_difference, config.noise_seed)
+    sampler = Sampler(model, config.steps, config.time_difference, config.noise_seed,
+                      config.feedback)
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment and add noise differently
     checkpoint = Checkpoint(config.output, "diffmatch", asdict(config), state)
     start = checkpoint.load()
@@ -461,7 +504,8 @@ def train(config: Config) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             loss, terms = diffmatch_loss(
                 network, model, views, names, prior, data.info.classes, config.threshold,
-                config.pseudo_steps, config.time_difference, config.tau, config.ohem)
+                config.pseudo_steps, config.time_difference, config.feedback, config.tau,
+                config.adjustment, config.ohem)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -486,9 +530,11 @@ def train(config: Config) -> None:
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
     model = DiffMatch(config["backbone"], num_classes, random_weights_like(state), config["layers"],
-                      config["encoding"], config["scale"], config["discriminative"])
+                      config["encoding"], config["scale"], config["discriminative"],
+                      config["mask_channels"], config["mask_start"])
     load_strictly(model, state, "the checkpoint")
-    return Sampler(model, config["steps"], config["time_difference"], config["noise_seed"])
+    return Sampler(model, config["steps"], config["time_difference"], config["noise_seed"],
+                   config["feedback"])
 
 
 if __name__ == "__main__":
