@@ -88,7 +88,7 @@ def alpha_bar(t) -> Tensor:
 
 def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
     """Eq. 3: y_t from y0 [B, K, h, w] at times t, a number or [B]; noise is standard normal."""
-    level = alpha_bar(t).view(-1, 1, 1, 1)
+    level = alpha_bar(t).to(y0.device).view(-1, 1, 1, 1)
     return level.sqrt().to(y0.dtype) * y0 + (1 - level).sqrt().to(y0.dtype) * noise
 
 
