@@ -381,7 +381,7 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
     t = torch.ones(len(z), device=z.device)
     t = t if config.discriminative else torch.rand_like(t)
     y0 = model.encode(downsample(torch.cat(targets)[:, 0], z.shape[2:]))
-    y_t = add_noise(y0, t, torch.randn_like(y0))
+    y_t = add_noise(y0, t, torch.randn_like(y0, memory_format=torch.contiguous_format))  # faster
     logits = resize(network(denoise=(z, y_t, t)), images.shape[2:])
 
     parts = list(zip(logits.split(size), targets, t.split(size)))
