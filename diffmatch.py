@@ -1,5 +1,5 @@
 """DiffMatch: Towards Unbiased Learning in Semi-Supervised Semantic Segmentation
-Sun et al., ICLR 2025. What the paper leaves open is as in DDP (Ji et al., ICCV 2023).
+Sun et al., ICLR 2025. The denoiser is that of Ji et al., "DDP", ICCV 2023, without feed-forward.
 
 Segmentation as conditional generation. A feature extractor g sees the image once; a light mask
 denoiser f turns pure noise into the label map in a few steps, guided by the features. It learns as
@@ -219,12 +219,12 @@ class MaskDenoiser(nn.Module):
                  mask_start: str):
         super().__init__()
         self.fuse = nn.Linear(mask_channels + channels, channels)  # a 1x1 convolution
-        nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")  # DDP's start
+        nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")  # as Ji et al.
         if mask_start == "zero":  # else z starts, and with SGD stays, under a layer of noise
             self.fuse.weight.data[:, :mask_channels] = 0
         wide = 4 * channels
-        self.frequencies = nn.Parameter(torch.randn(8))  # of the time embedding, DDP's
-        self.time = nn.Sequential(nn.Linear(17, wide), nn.GELU(), nn.Linear(wide, wide))
+        self.frequencies = nn.Parameter(torch.randn(8))  # of time, whose embedding is Ji et al.'s
+        self.time = nn.Sequential(nn.Linear(1 + 2 * 8, wide), nn.GELU(), nn.Linear(wide, wide))
         self.layers = nn.ModuleList(DenoiserLayer(channels, wide) for _ in range(layers))
         self.classifier = nn.Linear(channels, num_classes)
 
