@@ -110,10 +110,9 @@ def sample(model, z: Tensor, noise: Tensor, steps: int, time_difference: int = 1
         t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
         t = torch.full((len(z),), t_now, device=z.device)
         logits = model(denoise=(z, y_t, t))
+        y0 = model.encode(logits.argmax(dim=1)) * (feedback == "own")
         if feedback == "softmax":
             y0 = torch.einsum("bchw,ck->bkhw", logits.softmax(dim=1), model.encode.codes()[:-1])
-        else:
-            y0 = model.encode(logits.argmax(dim=1)) * (feedback == "own")
         y_t = ddim_step(y_t, y0, t_now, t_next)
         predictions.append(logits)
     return torch.stack(predictions)
