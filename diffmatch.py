@@ -1,5 +1,5 @@
 """DiffMatch: Towards Unbiased Learning in Semi-Supervised Semantic Segmentation
-Sun et al., ICLR 2025.
+Sun et al., ICLR 2025. The denoiser is that of Ji et al., "DDP", ICCV 2023, without feed-forward.
 
 Segmentation as conditional generation. A feature extractor g sees the image once; a light mask
 denoiser f turns pure noise into the label map in a few steps, guided by the features. It learns as
@@ -7,7 +7,7 @@ diffusion models do: a label map (ground truth, or the network's own pseudo labe
 from noise) is written as real numbers, mixed with noise at a random time t and predicted back. A
 debiased adjustment pulls predictions towards what they would be if all classes were as frequent.
 
-    Eq. 1, 3    schedule, forward diffusion             alpha_bar, add_noise
+    Eq. 1, 3    schedule, forward diffusion             log_snr, alpha_bar, add_noise
     Alg. 3      DDIM sampling                           ddim_step, sample
     Eq. 9       debiased adjustment, p(y_0)             debias_penalty, ClassPrior
     Alg. 2      labels as real numbers                  LabelEncoding
@@ -16,15 +16,13 @@ debiased adjustment pulls predictions towards what they would be if all classes 
 
 Run
     python diffmatch.py                                              embedded data, on a laptop
-    python diffmatch.py --dataset pascal --labeled 92 --download     one GPU
-    torchrun --nproc_per_node=8 diffmatch.py --dataset pascal --labeled 92 --crop 513
-    python -m common.evaluate --checkpoint runs/a/latest.pt --set steps=1
-Baselines: --discriminative, --tau 0, --steps (Table 5), --layers, --scale (Tables 7, 8).
-Results, figures and all differences from the paper: .docs/diffmatch.md
+    torchrun --nproc_per_node=8 diffmatch.py --dataset pascal --labeled 92 --download
+    python -m common.evaluate --checkpoint runs/a/latest.pt --set feedback=nothing steps=3
+The paper's literal command, its baselines, differences and results: .docs/diffmatch.md
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,15 +44,18 @@ class Config(DataOptions, RunOptions):
     """What touches learning; None: as the data set's recipe in common/data.py has it."""
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
-    encoding: str = option("embedding", "of labels: learned vectors (Algorithm 2) or analog bits "
-                           "(Section 3.4)", choices=("embedding", "bits"))
+    encoding: str = option("embedding", "of labels (Algorithm 2)", choices=("embedding", "bits"))
+    mask_channels: int = option(256, "of embedded labels (Algorithm 3); 0: no mask", low=0)
+    mask_start: str = option("zero", "of f's weights for y_t", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
     tau: float = option(0.1, "weight of the adjustment, Eq. 9 (Table 9); 0: none", low=0)
+    adjustment: str = option("scaled", "f / (C p) of Eq. 9", choices=("scaled", "printed"))
     prior_momentum: float = option(0.99, "of the class prior of pseudo labels", low=0, below=1)
     threshold: float | None = option(None, "least confidence of a pseudo label", low=0, below=1)
     pseudo_steps: int = option(1, "denoising steps of a pseudo label", low=1)
     steps: int = option(3, "denoising steps at inference (Table 5)", low=1)
     time_difference: int = option(1, "td of Algorithm 3: steps that the noise is ahead", low=0)
+    feedback: str = option("own", "of a step to the next", choices=("own", "softmax", "nothing"))
     noise_seed: int = option(0, "of the noise that inference starts from", low=0)
     single_view: bool = option(False, "one strong view, as in Eq. 6, not UniMatch's three")
     cutmix: bool = option(True, "CutMix between strong views, as UniMatch")
@@ -72,57 +73,65 @@ class Config(DataOptions, RunOptions):
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
-def alpha_bar(t) -> Tensor:
-    """The cosine schedule: times in [0, 1], of any shape -> float64 in (0, 1)."""
+def log_snr(t) -> Tensor:
+    """The cosine schedule, `alpha_cumprod` of Algorithm 2: times in [0, 1] of any shape ->
+    float64, log(alpha_bar / (1 - alpha_bar)), within [-19, 12]."""
     t = torch.as_tensor(t, dtype=torch.float64)
-    level = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** 2
-    return level.clamp(1e-9, 1 - 1e-9)  # Algorithm 2 prints log(level / (1 - level)), the log SNR
+    n = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** -2
+    return -(n - 1).clamp(min=1e-5).log()
+
+
+def alpha_bar(t) -> Tensor:
+    """Times in [0, 1] -> float64 in (0, 1), falling; Algorithm 2 leaves out the sigmoid."""
+    return log_snr(t).sigmoid()
 
 
 def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
     """Eq. 3: y_t from y0 [B, K, h, w] at times t, a number or [B]; noise is standard normal."""
-    level = alpha_bar(t).view(-1, 1, 1, 1)
+    level = alpha_bar(t).to(y0.device).view(-1, 1, 1, 1)
     return level.sqrt().to(y0.dtype) * y0 + (1 - level).sqrt().to(y0.dtype) * noise
 
 
 def ddim_step(y_t: Tensor, y0: Tensor, t_now: float, t_next: float) -> Tensor:
     """Algorithm 3: from y_t at t_now > 0 to t_next, for the predicted, encoded y0 [B, K, h, w]."""
-    if t_next <= 0:
-        return y0
     level = alpha_bar(t_now)
     noise = (y_t - level.sqrt() * y0) / (1 - level).sqrt()
     return add_noise(y0, t_next, noise)  # printed: the noise at its level of t_now
 
 
 @torch.no_grad()
-def sample(model, z: Tensor, steps: int, noise: Tensor, time_difference: int = 1) -> Tensor:
+def sample(model, z: Tensor, noise: Tensor, steps: int, time_difference: int = 1,
+           feedback: str = "own") -> Tensor:
     """Algorithm 3: logits after each step, [steps, B, C, h, w], for features z [B, D, h, w] and
-    noise [B, K, h, w], or [1, K, h, w] for all images. model: a DiffMatch."""
-    if model.encode is None:  # the discriminative baseline has no mask to denoise: one pass
-        return model(denoise=(z, None, torch.zeros(len(z), device=z.device)))[None]
+    noise [B, K, h, w], or [1, K, h, w] for all images. model: a DiffMatch. feedback: what a step
+    is shown of the last one's prediction; own: its label; softmax: its mean code; nothing: 0."""
     y_t, predictions = noise.expand(len(z), -1, -1, -1), []
     for step in range(steps):
         t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
         t = torch.full((len(z),), t_now, device=z.device)
-        predictions.append(model(denoise=(z, y_t, t)))
-        y0 = model.encode(predictions[-1].argmax(dim=1))
+        logits = model(denoise=(z, y_t, t))
+        y0 = model.encode(logits.argmax(dim=1)) * (feedback == "own")
+        if feedback == "softmax":
+            y0 = torch.einsum("bchw,ck->bkhw", logits.softmax(dim=1), model.encode.codes()[:-1])
         y_t = ddim_step(y_t, y0, t_now, t_next)
+        predictions.append(logits)
     return torch.stack(predictions)
 
 
-def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float) -> Tensor:
-    """tau t |f - f*|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B]."""
-    # f* is f / (C p(y_0)), scaled to sum to one and a constant for the gradient, which thus moves
-    # probability from head to tail classes. The paper neither scales nor detaches it.
-    offset = (class_prior * len(class_prior)).log().to(logits)
-    debiased = (logits.detach() - offset.view(1, -1, 1, 1)).softmax(dim=1)
-    distance = (logits.softmax(dim=1) - debiased).square().sum(dim=1)
-    return tau * t.view(-1, 1, 1) * distance
+def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
+                   adjustment: str = "scaled") -> Tensor:
+    """tau t |f - f / (C p(y_0))|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B].
+    scaled: f / (C p) is made to sum to one and a constant for the gradient, which thus moves
+    probability from head to tail classes. printed: neither."""
+    probs = logits.softmax(dim=1)
+    debiased = probs / (len(class_prior) * class_prior).to(probs).view(1, -1, 1, 1)
+    if adjustment == "scaled":
+        debiased = F.normalize(debiased.detach(), p=1, dim=1)
+    return tau * t.view(-1, 1, 1) * (probs - debiased).square().sum(dim=1)
 
 
 class ClassPrior(nn.Module):
     """p(y_0) of labels, fixed, and of pseudo labels, which starts there and follows them: [C] each.
-
     counts: labeled pixels [C]; a class without any keeps 1/C, which adjusts nothing. least: of p.
     """
 
@@ -162,11 +171,9 @@ class DeformableAttention(nn.Module):
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
         # Each head starts with points in a direction of its own, all counting the same.
         angle = torch.arange(heads) * (2 * math.pi / heads)
-        direction = torch.stack([angle.cos(), angle.sin()])
-        direction = direction / direction.abs().amax(dim=0)
+        direction = F.normalize(torch.stack([angle.cos(), angle.sin()]), p=math.inf, dim=0)
         offsets = direction[:, :, None] * torch.arange(1, points + 1)  # [2, heads, points]
-        bias = torch.cat([offsets, torch.zeros(1, heads, points)])
-        self.sampling.bias.data.copy_(bias.flatten())
+        self.sampling.bias.data = torch.cat([offsets, torch.zeros(1, heads, points)]).flatten()
         nn.init.zeros_(self.sampling.weight)
         for linear in (self.value, self.out):
             nn.init.xavier_uniform_(linear.weight)
@@ -207,35 +214,29 @@ class DenoiserLayer(nn.Module):
 class MaskDenoiser(nn.Module):
     """f: features z [B, D, h, w], noisy mask y_t [B, K, h, w], t [B] -> logits [B, C, h, w]."""
 
-    def __init__(self, channels: int, mask_channels: int, num_classes: int, layers: int):
+    def __init__(self, channels: int, mask_channels: int, num_classes: int, layers: int,
+                 mask_start: str):
         super().__init__()
-        # The 1x1 convolution of concat(y_t, z), as the sum of its two halves.
-        self.fuse_image = nn.Linear(channels, channels)
-        self.fuse_mask = nn.Linear(mask_channels, channels, bias=False) if mask_channels else None
-        if mask_channels:
-            # Not in the paper; else the features start, and with SGD stay, under a layer of noise.
-            nn.init.zeros_(self.fuse_mask.weight)
+        self.fuse = nn.Linear(mask_channels + channels, channels)  # a 1x1 convolution
+        nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")  # as Ji et al.
+        if mask_start == "zero":  # else z starts, and with SGD stays, under a layer of noise
+            self.fuse.weight.data[:, :mask_channels] = 0
         wide = 4 * channels
-        self.time = nn.Sequential(nn.Linear(channels, wide), nn.SiLU(), nn.Linear(wide, wide))
+        self.frequencies = nn.Parameter(torch.randn(8))  # of time, whose embedding is Ji et al.'s
+        self.time = nn.Sequential(nn.Linear(1 + 2 * 8, wide), nn.GELU(), nn.Linear(wide, wide))
         self.layers = nn.ModuleList(DenoiserLayer(channels, wide) for _ in range(layers))
         self.classifier = nn.Linear(channels, num_classes)
 
-    def forward(self, z: Tensor, y_t: Tensor | None, t: Tensor) -> Tensor:
+    def forward(self, z: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
         height, width = z.shape[2:]
-        x = self.fuse_image(z.flatten(2).transpose(1, 2))  # [B, h w, D]
-        if self.fuse_mask is not None:
-            x = x + self.fuse_mask(y_t.flatten(2).transpose(1, 2))
-        time = F.silu(self.time(sinusoids(t, z.shape[1])))  # [B, 4 D]
+        x = torch.cat([y_t.to(z.dtype), z], dim=1)
+        x = self.fuse(x.flatten(2).transpose(1, 2))  # [B, h w, D]
+        snr = log_snr(t).float()[:, None]
+        angle = 2 * math.pi * snr * self.frequencies
+        time = F.silu(self.time(torch.cat([snr, angle.sin(), angle.cos()], dim=1)))  # [B, 4 D]
         for layer in self.layers:
             x = layer(x, time, height, width)
         return self.classifier(x).transpose(1, 2).unflatten(2, (height, width))
-
-
-def sinusoids(t: Tensor, channels: int) -> Tensor:
-    """Times [B] in [0, 1] -> [B, channels]: sines and cosines of 1000 t (Vaswani et al. 2017)."""
-    exponents = torch.arange(channels // 2, device=t.device) * (-math.log(10000) / (channels // 2))
-    angle = 1000 * t[:, None] * torch.exp(exponents)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class LabelEncoding(nn.Module):
@@ -243,19 +244,22 @@ class LabelEncoding(nn.Module):
 
     def __init__(self, kind: str, num_classes: int, channels: int, scale: float):
         super().__init__()
-        self.kind, self.num_classes, self.scale = kind, num_classes, scale
-        if kind == "embedding":  # Algorithm 2
-            self.channels = channels
+        self.num_classes, self.scale = num_classes, scale
+        if kind == "embedding" or channels == 0:  # Algorithm 2
             self.embedding = nn.Parameter(torch.randn(num_classes + 1, channels))
-        else:  # Section 3.4: the class's binary digits
-            self.channels = math.ceil(math.log2(num_classes + 1))
-            bits = torch.arange(num_classes + 1)[:, None] >> torch.arange(self.channels) & 1
-            self.register_buffer("bits", bits.float() * 2 - 1, persistent=False)
+        else:  # Section 3.4: the class's binary digits, of which the sigmoid is 0 or 1
+            digits = torch.arange(math.ceil(math.log2(num_classes + 1)))
+            bits = torch.arange(num_classes + 1)[:, None] >> digits & 1
+            self.register_buffer("embedding", (2 * bits - 1) * math.inf, persistent=False)
+        self.channels = self.embedding.shape[1]
+
+    def codes(self) -> Tensor:
+        """Of all classes and `unknown`, [C + 1, K]."""
+        return (self.embedding.float().sigmoid() * 2 - 1) * self.scale
 
     def forward(self, label: Tensor) -> Tensor:
-        table = self.bits if self.kind == "bits" else self.embedding.float().sigmoid() * 2 - 1
         label = label.long().clamp(max=self.num_classes)
-        return F.embedding(label, table * self.scale).permute(0, 3, 1, 2)
+        return F.embedding(label, self.codes()).permute(0, 3, 1, 2)
 
 
 class DiffMatch(nn.Module):
@@ -263,15 +267,14 @@ class DiffMatch(nn.Module):
     z under channel dropout. forward(denoise=(z, y_t, t)): f -> logits [B, C, H/4, W/4]."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
-                 encoding: str = "embedding", scale: float = 0.1, discriminative: bool = False):
+                 encoding: str = "embedding", mask_channels: int = 256, mask_start: str = "zero",
+                 scale: float = 0.1):
         super().__init__()
         self.extractor = DeepLabV3Plus(backbone, num_classes, weights)
         self.extractor.classifier = nn.Identity()
-        channels, self.encode, self.mask_channels = self.extractor.channels, None, 0
-        if not discriminative:
-            self.encode = LabelEncoding(encoding, num_classes, channels, scale)
-            self.mask_channels = self.encode.channels
-        self.denoiser = MaskDenoiser(channels, self.mask_channels, num_classes, layers)
+        self.encode = LabelEncoding(encoding, num_classes, mask_channels, scale)
+        self.denoiser = MaskDenoiser(self.extractor.channels, self.encode.channels, num_classes,
+                                     layers, mask_start)
 
     def forward(self, images=None, perturb: int = 0, denoise: tuple | None = None):
         if denoise is not None:
@@ -281,32 +284,35 @@ class DiffMatch(nn.Module):
 
     def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:
         encoder, head = self.extractor.parameter_groups(lr, head_lr_multiplier)
-        mask = [*self.denoiser.parameters(), *(self.encode.parameters() if self.encode else ())]
+        mask = [*self.denoiser.parameters(), *self.encode.parameters()]
         return [encoder, {**head, "params": head["params"] + mask}]
 
 
 class Sampler(nn.Module):
     """images [B, 3, H, W], normalised -> logits [B, C, H, W] after `steps` denoising steps."""
 
-    def __init__(self, model: DiffMatch, steps: int, time_difference: int, noise_seed: int):
+    def __init__(self, model: DiffMatch, steps: int, time_difference: int, noise_seed: int,
+                 feedback: str = "own"):
         super().__init__()
-        self.model, self.steps, self.time_difference = model, steps, time_difference
-        self.noise_seed = noise_seed
+        self.model, self.noise_seed = model, noise_seed
+        self.sampling = steps, time_difference, feedback
 
     def trajectory(self, images: Tensor) -> Tensor:
         """Logits after each step, [steps, B, C, H/4, W/4], from one noise for all images."""
         z = self.model(images)
         generator = torch.Generator(z.device).manual_seed(self.noise_seed)
-        shape = (1, self.model.mask_channels, *z.shape[2:])
+        shape = (1, self.model.encode.channels, *z.shape[2:])
         noise = torch.randn(shape, generator=generator, device=z.device)
-        return sample(self.model, z, self.steps, noise, self.time_difference)
+        return sample(self.model, z, noise, *self.sampling)
+
+    def maps(self, images: Tensor) -> list[Tensor]:  # the label map of one image after each step
+        return [*resize(self.trajectory(images)[:, 0], images.shape[2:]).argmax(dim=1)]
 
     def forward(self, images: Tensor) -> Tensor:
         return resize(self.trajectory(images)[-1], images.shape[2:])
 
 
-def make_views(batch: dict[str, Tensor], crop: int, blur: tuple[float, float], names: tuple,
-               p: float) -> dict[str, Tensor]:
+def make_views(batch: dict, crop: int, blur: tuple, names: tuple, p: float) -> dict[str, Tensor]:
     """Weak crops, uint8 -> the normalised views of a step: weak, strong ones with CutMix."""
     weak = to_float(batch["unlabeled"])
     views = {**batch, "labeled": normalize(batch["labeled"]), "weak": normalize(weak)}
@@ -319,15 +325,15 @@ def make_views(batch: dict[str, Tensor], crop: int, blur: tuple[float, float], n
 
 
 @torch.no_grad()
-def pseudo_labels(model: DiffMatch, z: Tensor, valid: Tensor, threshold: float, steps: int,
-                  time_difference: int) -> Tensor:
+def pseudo_labels(model: DiffMatch, z: Tensor, valid: Tensor, config: Config) -> Tensor:
     """Eq. 6: weak features z and pure noise -> int64 [B, 2, H, W] with 255 = ignore: the label of
     all `valid` pixels, and that of the confident ones."""
-    noise = torch.randn(len(z), model.mask_channels, *z.shape[2:], device=z.device)
-    logits = resize(sample(model, z, steps, noise, time_difference)[-1], valid.shape[1:])
+    noise = torch.randn(len(z), model.encode.channels, *z.shape[2:], device=z.device)
+    logits = sample(model, z, noise, config.pseudo_steps, config.time_difference, config.feedback)
+    logits = resize(logits[-1], valid.shape[1:])
     confidence, label = logits.softmax(dim=1).max(dim=1)
     label = torch.where(valid, label, IGNORE)
-    used = torch.where(confidence >= threshold, label, IGNORE)  # the baseline's, not in the paper
+    used = torch.where(confidence >= config.threshold, label, IGNORE)  # the baseline's
     return torch.stack([label, used], dim=1)
 
 
@@ -338,20 +344,19 @@ def downsample(label: Tensor, size: torch.Size) -> Tensor:
     return label[:, rows][:, :, columns]
 
 
-def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, tau: float,
+def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, config: Config,
               ohem: float = 0.0) -> Tensor:
     """Eq. 10, 11 of one view: logits [B, C, H, W], prior [C], t [B]; target [B, 2, H, W]: labels as
     of `pseudo_labels`. A mean over the pixels of the first one, all of which Eq. 9 adjusts."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
     loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, used, ohem) if ohem else loss.sum()
-    total = total + (debias_penalty(logits, class_prior, t, tau) * known).sum()
-    return total / mean_over_ranks(known.sum())
+    penalty = debias_penalty(logits, class_prior, t, config.tau, config.adjustment) * known
+    return (total + penalty.sum()) / mean_over_ranks(known.sum())
 
 
 def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: ClassPrior,
-                   classes: tuple, threshold: float, pseudo_steps: int, time_difference: int,
-                   tau: float, ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
+                   classes: tuple, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """Algorithm 1: (loss, terms for the log). Updates the prior. names: of the strong views.
     network: `model`, or what DDP and torch.compile have made of it."""
     size, single_view = len(views["weak"]), len(names) == 1
@@ -364,7 +369,7 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
         z_strong = torch.cat([z_perturbed, network(strong)])
     z_labeled, z_weak = z.split(size)
 
-    pseudo = pseudo_labels(model, z_weak, views["valid"], threshold, pseudo_steps, time_difference)
+    pseudo = pseudo_labels(model, z_weak, views["valid"], config)
     partner = neighbour(pseudo)
     truth = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # labels are all used
     targets = [truth] if single_view else [truth, pseudo]
@@ -372,16 +377,15 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
 
     # One pass of the denoiser for all views; each image of each has a time and noise of its own.
     z = torch.cat([z_labeled, z_strong])
-    t, y_t = torch.zeros(len(z), device=z.device), None
-    if model.encode:
-        t = torch.rand_like(t)
-        y0 = model.encode(downsample(torch.cat(targets)[:, 0], z.shape[2:]))
-        y_t = add_noise(y0, t, torch.randn_like(y0))
+    t = torch.ones(len(z), device=z.device)
+    t = t if config.discriminative else torch.rand_like(t)
+    y0 = model.encode(downsample(torch.cat(targets)[:, 0], z.shape[2:]))
+    y_t = add_noise(y0, t, torch.randn_like(y0, memory_format=torch.contiguous_format))  # faster
     logits = resize(network(denoise=(z, y_t, t)), images.shape[2:])
 
     parts = list(zip(logits.split(size), targets, t.split(size)))
-    loss_sup = view_loss(*parts[0], prior.labels, tau, ohem)  # Eq. 10
-    losses = [view_loss(*part, prior.pseudo_labels, tau) for part in parts[1:]]  # Eq. 11
+    loss_sup = view_loss(*parts[0], prior.labels, config, config.ohem)  # Eq. 10
+    losses = [view_loss(*part, prior.pseudo_labels, config) for part in parts[1:]]  # Eq. 11
     loss_unsup = losses[0] if single_view else 0.5 * losses[0] + 0.5 * (losses[1] + losses[2]) / 2
     loss = 0.5 * (loss_sup + loss_unsup)  # the paper writes their sum
     prior.update(pseudo[:, 0])
@@ -415,10 +419,12 @@ def train(config: Config) -> None:
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            amp=bf16_is_fast(device),
                            output=f"runs/diffmatch_{data.tag}_{config.seed}")
+    if config.discriminative:  # no mask, no other time, and thus nothing that Eq. 9 derives
+        config = replace(config, mask_channels=0, tau=0.0, pseudo_steps=1, steps=1)
 
     torch.manual_seed(config.seed)
-    model = DiffMatch(config.backbone, data.info.num_classes, config.weights, config.layers,
-                      config.encoding, config.scale, config.discriminative)
+    sampler = build_predictor(asdict(config), data.info.num_classes)
+    model = sampler.model
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.checkpoint_activations:
@@ -432,7 +438,6 @@ def train(config: Config) -> None:
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     prior = ClassPrior(data.class_pixels, config.prior_momentum).to(device)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "prior": prior}
-    sampler = Sampler(model, config.steps, config.time_difference, config.noise_seed)
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment and add noise differently
     checkpoint = Checkpoint(config.output, "diffmatch", asdict(config), state)
     start = checkpoint.load()
@@ -451,18 +456,14 @@ def train(config: Config) -> None:
             checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
         log.evaluation(step, results)
 
-    def label_maps(images: Tensor) -> list[Tensor]:
-        return [*resize(sampler.trajectory(images)[:, 0], images.shape[2:]).argmax(dim=1)]
-
     if log.evaluation_is_due(start):  # a kill came between saving and evaluating
         evaluate_now(start)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.blur, names, 0.5 if config.cutmix else 0.0)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            loss, terms = diffmatch_loss(
-                network, model, views, names, prior, data.info.classes, config.threshold,
-                config.pseudo_steps, config.time_difference, config.tau, config.ohem)
+            loss, terms = diffmatch_loss(network, model, views, names, prior, data.info.classes,
+                                         config)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -479,17 +480,20 @@ def train(config: Config) -> None:
 
     stop.release()
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
-    steps = 1 if config.discriminative else config.steps  # Figure 10
-    captions = ("image", "label", *(f"step {step + 1}" for step in range(steps)))
-    write_sample_grid(label_maps, captions, data, device, checkpoint.folder / "trajectory.png")
+    captions = ("image", "label", *(f"step {step + 1}" for step in range(config.steps)))
+    write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")
 
 
-def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
-    """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
-    model = DiffMatch(config["backbone"], num_classes, random_weights_like(state), config["layers"],
-                      config["encoding"], config["scale"], config["discriminative"])
-    load_strictly(model, state, "the checkpoint")
-    return Sampler(model, config["steps"], config["time_difference"], config["noise_seed"])
+def build_predictor(config: dict, num_classes: int, state: dict | None = None) -> Sampler:
+    """images -> logits: what training evaluates or, of a checkpoint's state, common.evaluate."""
+    weights = random_weights_like(state) if state else config["weights"]
+    model = DiffMatch(config["backbone"], num_classes, weights, config["layers"],
+                      config["encoding"], config["mask_channels"], config["mask_start"],
+                      config["scale"])
+    if state:
+        load_strictly(model, state, "the checkpoint")
+    return Sampler(model, config["steps"], config["time_difference"], config["noise_seed"],
+                   config["feedback"])
 
 
 if __name__ == "__main__":

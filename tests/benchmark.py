@@ -241,7 +241,7 @@ def sampling(sizes) -> None:
     images = torch.randn(1, 3, sizes.crop, sizes.crop).to(**layout)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
         z, t = model(images), torch.ones(1, device=device)
-        noise = torch.randn(1, model.mask_channels, *z.shape[2:]).to(**layout)
+        noise = torch.randn(1, model.encode.channels, *z.shape[2:]).to(**layout)
         candidates = {"feature extractor": partial(model, images),
                       "denoiser": partial(model, denoise=(z, noise, t)),
                       "DeepLabv3+": partial(deeplab, images)}

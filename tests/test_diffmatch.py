@@ -29,8 +29,8 @@ def draw(seed, *shape):
 
 
 def level_of(t):
-    """alpha_bar by way of the signal-to-noise ratio."""
-    return 1 / (1 + np.tan((t + 0.0002) / 1.00025 * math.pi / 2) ** 2)
+    """alpha_bar by way of the noise-to-signal ratio, at least 1e-5."""
+    return 1 / (1 + np.maximum(np.tan((t + 0.0002) / 1.00025 * math.pi / 2) ** 2, 1e-5))
 
 
 # ---------------------------------------------------------------- the parts, and one step
@@ -39,8 +39,8 @@ def level_of(t):
 def test_the_schedule_falls_from_one_to_zero():
     t = np.linspace(0, 1, 1001)
     level = diffmatch.alpha_bar(torch.from_numpy(t)).numpy()
-    np.testing.assert_allclose(level, level_of(t), rtol=1e-6, atol=1e-9)
-    assert (np.diff(level) < 0).all() and 0 < level[-1] < 1e-6 and 1 - 1e-6 < level[0] < 1
+    np.testing.assert_allclose(level, level_of(t), rtol=1e-9)
+    assert (np.diff(level)[2:] < 0).all() and 0 < level[-1] < 1e-6 and 1 - 2e-5 < level[0] < 1
 
 
 def test_noisy_masks_have_the_mean_and_variance_of_eq_3():
@@ -54,45 +54,51 @@ def test_noisy_masks_have_the_mean_and_variance_of_eq_3():
 
 
 class Threshold:
-    """Two classes, one mask channel: class 1 where y_t is over a value of that time and place."""
+    """Two classes, one mask channel: class 1 is likelier where y_t is over a value of that time and
+    place."""
 
     def __init__(self):
-        self.shown = []
-
-    def encode(self, label):
-        return 0.8 * (2 * label[:, None] - 1).double()
+        self.shown, self.encode = [], diffmatch.LabelEncoding("bits", 2, 1, 0.8)
 
     def __call__(self, denoise):
         z, y_t, t = denoise
         self.shown.append(y_t)
-        over = y_t > 0.9 * torch.cos(7 * t).view(-1, 1, 1, 1) + z
-        return torch.cat([~over, over], dim=1).double()
+        over = y_t[:, :1] - 0.9 * torch.cos(7 * t).view(-1, 1, 1, 1) - z
+        return torch.cat([-over, 2 * over], dim=1)
 
 
-@pytest.mark.parametrize("steps, time_difference", [(1, 1), (2, 0), (3, 1), (5, 0), (5, 1), (5, 2)])
-def test_sampling_takes_the_steps_of_ddim(steps, time_difference):
-    z, noise, model = 0.5 * draw(8, 2, 1, 6, 7), draw(9, 1, 1, 6, 7), Threshold()
-    classes = diffmatch.sample(model, z, steps, noise, time_difference).argmax(dim=2)
-    assert classes.shape == (steps, 2, 6, 7) and len(model.shown) == steps
+CODES = 0.8 * torch.tensor([[-1, -1], [1, -1]])  # of classes 0 and 1
+
+
+@pytest.mark.parametrize("feedback", ["own", "softmax", "nothing"])
+@pytest.mark.parametrize("steps, time_difference", [(1, 1), (2, 0), (3, 1), (5, 0), (5, 2)])
+def test_sampling_takes_the_steps_of_ddim(steps, time_difference, feedback):
+    z, noise, model = 0.5 * draw(8, 2, 1, 6, 7).float(), draw(9, 1, 2, 6, 7).float(), Threshold()
+    logits = diffmatch.sample(model, z, noise, steps, time_difference, feedback)
+    assert logits.shape == (steps, 2, 2, 6, 7) and len(model.shown) == steps
     y_t = noise.expand(2, -1, -1, -1)
     for k in range(steps):
         now, then = 1 - k / steps, max(1 - (k + 1 + time_difference) / steps, 0)
         torch.testing.assert_close(model.shown[k], y_t)
-        y0 = torch.where(y_t > 0.9 * math.cos(7 * now) + z, 0.8, -0.8).double()
-        assert torch.equal(classes[k], (y0[:, 0] > 0).long())
+        over = y_t[:, 0] - 0.9 * math.cos(7 * now) - z[:, 0]
+        torch.testing.assert_close(logits[k], torch.stack([-over, 2 * over], dim=1))
+        second = {"own": (over > 0).float(), "softmax": 1 / (1 + (-3 * over).exp())}
+        second = second.get(feedback, 0 * over)[:, None]
+        y0 = (1 - second) * CODES[0].view(1, 2, 1, 1) + second * CODES[1].view(1, 2, 1, 1)
+        y0 = y0 * (feedback != "nothing")
         noise = (y_t - math.sqrt(level_of(now)) * y0) / math.sqrt(1 - level_of(now))
         y_t = math.sqrt(level_of(then)) * y0 + math.sqrt(1 - level_of(then)) * noise
-        y_t = y_t if then else y0
-    assert steps == 1 or (classes[0] != classes[-1]).any()
+    assert steps == 1 or (logits[0].argmax(dim=1) != logits[-1].argmax(dim=1)).any()
 
 
-def test_penalty_moves_probability_from_head_to_tail():
+@pytest.mark.parametrize("adjustment, loses", [("scaled", 0), ("printed", 3)])
+def test_penalty_moves_probability_from_head_to_tail_but_not_as_printed(adjustment, loses):
     logits = torch.tensor([[0.0] * 4, [0.5, 0.2, -0.1, -0.3], [1.0, 0, 0, 0]]).double()
     logits, prior = logits[:, :, None, None].requires_grad_(), torch.tensor([0.7, 0.2, 0.07, 0.03])
-    diffmatch.debias_penalty(logits, prior, torch.ones(3), 1).sum().backward()
+    diffmatch.debias_penalty(logits, prior, torch.ones(3), 1, adjustment).sum().backward()
     change = (logits - 0.01 * logits.grad).softmax(dim=1) - logits.softmax(dim=1)
-    assert change.argmin(dim=1).tolist() == [[[0]]] * 3 and change[:, 0].max() < -1e-5
-    assert change.argmax(dim=1).tolist() == [[[3]]] * 3
+    assert change.argmin(dim=1).tolist() == [[[loses]]] * 3 and change[:, loses].max() < -1e-5
+    assert loses or change.argmax(dim=1).tolist() == [[[3]]] * 3
 
 
 def test_prior_starts_at_the_labels_shares_and_follows_the_pseudo_labels():
@@ -120,6 +126,7 @@ def test_analog_bits_are_the_classes_binary_digits(classes, bits):
 
 def test_learned_codes_lie_within_the_scale():
     encode = diffmatch.LabelEncoding("embedding", 3, 32, 0.1)
+    assert not diffmatch.LabelEncoding("bits", 3, 0, 0.1)(torch.ones(1, 2, 2)).numel()
     codes = 0.1 * torch.tanh(encode.embedding / 2)  # (sigmoid(e) 2 - 1) b
     label = torch.tensor([[[2, 0], [1, IGNORE], [0, 3]]])
     expected = codes[[2, 0, 1, 3, 0, 3]].T.view(1, 32, 3, 2)
@@ -169,22 +176,46 @@ def test_attention_starts_with_points_in_a_direction_per_head():
 
 
 def test_sizes_of_table_7():
-    for layers, millions in {1: 42.4, 2: 43.3, 4: 44.9, 6: 45.8, 12: 49.9}.items():
+    """A layer has 0.68 M. The paper's numbers for 1, 6 and 12 layers lie on a line; those for 2 and
+    4 (43.3 and 44.9) do not: here stand the line's."""
+    for layers, millions in {1: 42.4, 2: 43.08, 4: 44.44, 6: 45.8, 12: 49.9}.items():
         with torch.device("meta"):
-            model = diffmatch.DiffMatch("resnet50", 21, "none", layers)
+            model = diffmatch.DiffMatch("resnet50", 21, "deep_stem", layers)
         count = sum(parameter.numel() for parameter in model.parameters())
-        assert count / 1e6 == pytest.approx(millions, abs=0.5), layers
+        assert count / 1e6 == pytest.approx(millions, abs=0.05), layers
 
 
-@pytest.fixture(params=["embedding", "bits", "discriminative"])
+@pytest.mark.parametrize("start, deviation", [("zero", 0), ("ddp", math.sqrt(2 / 256))])
+def test_what_the_denoiser_starts_from_and_knows_of_time(start, deviation):
+    torch.manual_seed(0)
+    denoiser, shown = diffmatch.MaskDenoiser(256, 128, 3, 1, start), []
+    mask_half, image_half = denoiser.fuse.weight.detach().split([128, 256], dim=1)
+    assert mask_half.std().item() == pytest.approx(deviation, rel=0.02)
+    assert image_half.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.02)
+    denoiser.time.register_forward_pre_hook(lambda module, args: shown.extend(args[0]))
+    t = torch.tensor([0.0, 0.3, 1.0])
+    denoiser(torch.zeros(3, 256, 2, 2), torch.zeros(3, 128, 2, 2), t)
+    for features, level in zip(torch.stack(shown).detach().double(), level_of(t.double().numpy())):
+        snr = math.log(level / (1 - level))
+        waves = snr * denoiser.frequencies.detach().double() * 2 * math.pi
+        expected = torch.cat([torch.tensor([snr]).double(), waves.sin(), waves.cos()])
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)  # float32 of 100 radians
+    assert denoiser.frequencies.std() > 0.5
+
+
+def test_downsampling_takes_the_nearest_label():
+    label = torch.arange(30 * 41).view(1, 30, 41)
+    rows, columns = ([min(range(full), key=lambda at: abs(at - k * (full - 1) / (small - 1)))
+                      for k in range(small)] for full, small in ((30, 7), (41, 12)))
+    expected = torch.tensor([[41 * row + column for column in columns] for row in rows])
+    assert torch.equal(diffmatch.downsample(label, (7, 12))[0], expected)
+
+
+@pytest.fixture(params=["embedding", "bits", "no mask"])
 def model(request) -> diffmatch.DiffMatch:
     torch.manual_seed(0)
-    plain = request.param == "discriminative"
-    model = diffmatch.DiffMatch("tiny", 4, "none", 2, request.param, discriminative=plain)
-    if not plain:  # the mask's weights start at zero
-        assert not model.denoiser.fuse_mask.weight.any()
-        nn.init.normal_(model.denoiser.fuse_mask.weight)
-    return model
+    encoding, channels = ("embedding", 0) if request.param == "no mask" else (request.param, 64)
+    return diffmatch.DiffMatch("tiny", 4, "none", 2, encoding, channels, "ddp")
 
 
 def test_every_parameter_is_optimised_once_and_learns(model):
@@ -194,9 +225,9 @@ def test_every_parameter_is_optimised_once_and_learns(model):
     listed = [id(parameter) for parameter in encoder["params"] + head["params"]]
     assert sorted(listed) == sorted(id(parameter) for parameter in model.parameters())
     z, _ = model(draw(25, 4, 3, 32, 40).float(), perturb=2)
-    y_t = model.encode and model.encode(torch.arange(4 * 16 * 20).view(4, 16, 20) % 5)
+    y_t = model.encode(torch.arange(4 * 16 * 20).view(4, 16, 20) % 5)
     model(denoise=(z, y_t, torch.rand(4))).square().mean().backward()
-    assert all(parameter.grad.any() for parameter in model.parameters())
+    assert all(weight.grad.any() for weight in model.parameters() if weight.numel())
 
 
 def test_a_prediction_depends_on_the_noise_seed_but_not_on_the_batch(model):
@@ -206,10 +237,7 @@ def test_a_prediction_depends_on_the_noise_seed_but_not_on_the_batch(model):
     assert batch.shape == (3, 4, 32, 36) and torch.equal(sampler(images), batch)
     alone = torch.cat([sampler(image[None]) for image in images])
     torch.testing.assert_close(alone, batch, rtol=0, atol=1e-4)
-    assert torch.equal(other, batch) is (model.encode is None)
-    if model.encode is None:  # one pass, at time zero
-        logits = model(denoise=(model(images), None, torch.zeros(3)))
-        assert torch.equal(sampler.trajectory(images), logits[None])
+    assert torch.equal(other, batch) is (model.encode.channels == 0)
     assert torch.equal(torch.get_rng_state(), before)  # training goes on with its own numbers
 
 
@@ -219,8 +247,7 @@ class Stub(nn.Module):
     def __init__(self, stride=1, discriminative=False):
         super().__init__()
         self.stride, self.calls = stride, []
-        self.encode = None if discriminative else diffmatch.LabelEncoding("bits", 4, 8, 1.0)
-        self.mask_channels = 0 if discriminative else self.encode.channels
+        self.encode = diffmatch.LabelEncoding("bits", 4, 0 if discriminative else 8, 1.0)
         self.mix = nn.Parameter(0.3 * draw(27, 4, 3))
 
     def forward(self, images=None, perturb=0, denoise=None):
@@ -228,9 +255,9 @@ class Stub(nn.Module):
             z = images[:, :, :: self.stride, :: self.stride]
             return (z, 0.5 * z[-perturb:]) if perturb else z
         z, y_t, t = denoise
+        mix = self.mix[:, : self.encode.channels]
         logits = z * (1 + 0.2 * t).view(-1, 1, 1, 1)
-        if y_t is not None:
-            logits = logits + torch.einsum("ck,bkhw->bchw", self.mix, y_t.double())
+        logits = logits + torch.einsum("ck,bkhw->bchw", mix, y_t.double())
         self.calls.append((z, y_t, t, logits))
         return logits
 
@@ -251,11 +278,10 @@ def step(stub, views, names=TWO, **options):
     """One step and its gradients: (prior, loss, terms)."""
     network = nn.parallel.DistributedDataParallel(stub) if dist.is_initialized() else stub
     prior = diffmatch.ClassPrior(torch.tensor([700, 200, 60, 40]), 0.9).to(stub.mix.device)
-    options = {"threshold": 0.7, "pseudo_steps": 1, "time_difference": 1, "tau": 0.1, "ohem": 0,
-               "classes": ("sky", "sea", "sand", "sun"), **options}
+    config, classes = diffmatch.Config(**{"threshold": 0.7, **options}), "sky sea sand sun".split()
     prior.pseudo_labels.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     torch.manual_seed(0)
-    loss, terms = diffmatch.diffmatch_loss(network, stub, views, names, prior, **options)
+    loss, terms = diffmatch.diffmatch_loss(network, stub, views, names, prior, classes, config)
     if not loss.is_meta:
         loss.backward(retain_graph=True)
     return prior, loss.detach(), terms
@@ -269,31 +295,32 @@ def pasted(values, boxes):
     return result
 
 
-def losses_in_float64(logits, label, used, t, prior, tau, ohem):
+def losses_in_float64(logits, label, used, t, prior, tau, adjustment, ohem):
     """Eq. 10, 11 of one view, a mean over known pixels."""
-    probs = logits.softmax(dim=1)
-    debiased = nn.functional.normalize(probs.detach() / prior.view(1, -1, 1, 1), p=1, dim=1)
+    probs, prior = logits.softmax(dim=1), prior.view(1, -1, 1, 1)
+    shift = (logits.detach() - prior.log()).softmax(dim=1)
+    debiased = shift if adjustment == "scaled" else probs / (4 * prior)
     penalty = tau * t.view(-1, 1, 1) * ((probs - debiased) ** 2).sum(dim=1)
     entropy = -probs.log().gather(1, used.clamp(max=3)[:, None])[:, 0] * (used != IGNORE)
     total = hard_pixel_loss(entropy, used, ohem) if ohem else entropy.sum()
     return (total + penalty[label != IGNORE].sum()) / (label != IGNORE).sum()
 
 
-@pytest.mark.parametrize("stride, discriminative, names, tau, steps, threshold, ohem", [
-    (1, False, TWO, 0.1, 1, 0.7, 0), (4, False, TWO, 1, 2, 0.7, 0.5),
-    (4, False, TWO[:1], 2, 1, 0, 0), (1, True, TWO, 0.1, 1, 0.7, 0)])
-def test_a_step_is_algorithm_1(stride, discriminative, names, tau, steps, threshold, ohem,
-                               monkeypatch):
+@pytest.mark.parametrize("stride, discriminative, names, tau, adjustment, steps, threshold, ohem", [
+    (1, False, TWO, 0.1, "scaled", 1, 0.7, 0), (4, False, TWO, 1, "scaled", 2, 0.7, 0.5),
+    (4, False, TWO[:1], 2, "printed", 1, 0, 0), (1, True, TWO, 0.1, "printed", 1, 0.7, 0)])
+def test_a_step_is_algorithm_1(stride, discriminative, names, tau, adjustment, steps, threshold,
+                               ohem, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # so that y_t tells y_0
     stub, views = Stub(stride, discriminative), draw_views(28)
     _, loss, terms = step(stub, views, names, tau=tau, pseudo_steps=steps, threshold=threshold,
-                          ohem=ohem)
+                          ohem=ohem, adjustment=adjustment, discriminative=discriminative)
     *calls, (z, y_t, t, logits) = stub.calls
     size, _, height, width = views["weak"].shape
 
     # Pseudo labels: pure noise to begin with, on the weak view.
     assert torch.equal(calls[0][0], views["weak"][:, :, ::stride, ::stride])
-    assert len(calls) == steps and calls[0][2].tolist() == [1 - discriminative] * size
+    assert len(calls) == steps and calls[0][2].tolist() == [1] * size
     assert discriminative or calls[0][1].std() == pytest.approx(1, abs=0.25)
     confidence, label = resize(calls[-1][3], (height, width)).softmax(dim=1).max(dim=1)
     label = torch.where(views["valid"], label, IGNORE)
@@ -315,7 +342,7 @@ def test_a_step_is_algorithm_1(stride, discriminative, names, tau, steps, thresh
     pictures = torch.cat([views["labeled"], *weak, *strong])
     assert torch.equal(z, pictures[:, :, ::stride, ::stride])
     if discriminative:
-        assert y_t is None and not t.any()
+        assert y_t.shape == (len(z), 0, *z.shape[2:]) and (t == 1).all()
     else:
         assert len(t.unique()) == len(t) and 0 <= t.min() and t.max() < 1
         y0 = stub.encode(torch.cat([label for label, _ in targets])[:, ::stride, ::stride])
@@ -326,8 +353,8 @@ def test_a_step_is_algorithm_1(stride, discriminative, names, tau, steps, thresh
     losses, logits = [], resize(logits, (height, width)).split(size)
     for view, (label, used) in enumerate(targets):
         p = torch.tensor([0.4, 0.3, 0.2, 0.1] if view else [0.7, 0.2, 0.06, 0.04])
-        args = logits[view], label, used, t.split(size)[view], p, tau, 0 if view else ohem
-        losses.append(losses_in_float64(*args))
+        args = logits[view], label, used, t.split(size)[view], p, tau, adjustment
+        losses.append(losses_in_float64(*args, 0 if view else ohem))
     unsup = losses[1] if single else losses[1] / 2 + (losses[2] + losses[3]) / 4
     expected = (losses[0] + unsup) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -342,7 +369,7 @@ def test_a_step_is_algorithm_1(stride, discriminative, names, tau, steps, thresh
 def test_a_step_reads_nothing_back_from_the_device():
     """On the meta device tensors have no values: .item() and boolean indexing raise there."""
     views = {name: value.to("meta") for name, value in draw_views(34).items()}
-    _, loss, terms = step(Stub().to("meta"), views)
+    _, loss, terms = step(Stub().to("meta"), views, pseudo_steps=3)
     assert loss.device.type == "meta" and {value.dim() for value in terms.values()} == {0}
 
 
@@ -402,25 +429,30 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     assert "other options (--scale 0.1)" in program("--output", whole, "--scale", 1)[2]
 
     found = [json.loads((whole / "results.json").read_text())["last"]["ece"]]
-    for change in ("steps=3", "steps=1", "noise_seed=1"):  # the first one is none
+    changes = "steps=3", "steps=1", "noise_seed=1", "feedback=nothing", "feedback=softmax"
+    for change in changes:  # the first one is none
         command = f"evaluate --checkpoint {whole}/best.pt --set {change} --num-workers 0 --output"
         monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "results.json")])
         evaluate.main()
         found.append(json.loads((tmp_path / "results.json").read_text())["ece"])
-    assert found[1] == pytest.approx(found[0], abs=1e-6) and len(set(found[1:])) == 3
+    assert found[1] == pytest.approx(found[0], abs=1e-6) and len(set(found[1:])) == 5
 
 
 @pytest.mark.parametrize("options", [
     "--encoding bits --scale 0.5 --tau 0 --threshold 0 --steps 1 --pseudo-steps 3 --layers 1",
     "--single-view --no-cutmix --time-difference 0 --prior-momentum 0 --ohem 0.7 --amp",
-    "--discriminative --crop 33 --layers 2 --checkpoint-activations"])
+    "--mask-channels 0 --adjustment printed --feedback softmax --pseudo-steps 2",
+    "--discriminative --encoding bits --crop 33 --layers 2 --checkpoint-activations"])
 def test_variants_train(options, program, tmp_path):
     assert program("--iterations", 2, "--output", tmp_path, *options.split())[0] == 0
     assert [0 < line["loss"] < 10 for line in lines_of(tmp_path)] == [True, True]
+    config = state(tmp_path)["config"]
+    assert not config["discriminative"] or config["tau"] == 0 and config["steps"] == 1
 
 
 @pytest.mark.parametrize("options", [
     "--steps 0", "--pseudo-steps 0", "--layers 0", "--tau -1", "--scale 0", "--encoding words",
+    "--mask-channels -1", "--mask-start one", "--adjustment none", "--feedback truth",
     "--time-difference -1", "--labeled all"])
 def test_bad_options_are_refused_in_one_line(options, program, tmp_path):
     status, _, error = program("--output", tmp_path, *options.split())
