@@ -47,6 +47,7 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSigna
 MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
 GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none")
 TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
+BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)  # of an encoder's levels
 # --consistency, --rectify-weight; --rampup and --warmup as shares of the training
 PUBLISHED = (0.1, 1.0, 1.0, 1 / 30)
@@ -307,8 +308,9 @@ class Rectifier(nn.Module):
     """
 
     def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = 10,
-                 decoder: str = "unet"):
+                 decoder: str = "unet", batch_statistics: bool = True):
         super().__init__()
+        self.batch_statistics = batch_statistics
         guided = 32 * channels
         self.guidance = Sinusoidal(4 * channels, guided)
         self.slice_encoder = Encoder(1, channels, guided)
@@ -350,9 +352,15 @@ class Rectifier(nn.Module):
     @torch.no_grad()
     def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, sampling_steps: int = 2,
                 eta: float = 0.0) -> Tensor:
-        """Label maps -> better ones, int64, recovered from pure noise (Eq. 12)."""
+        """Label maps -> better ones, int64, recovered from pure noise (Eq. 12).
+
+        In training, batch norms use this batch's statistics, but running ones do not learn it.
+        """
         training = self.training
-        self.eval()  # unlike the released code
+        norms = [part for part in self.modules() if isinstance(part, BATCH_NORMS)]
+        self.eval()
+        for norm in norms if training and self.batch_statistics else ():
+            norm.training, norm.track_running_stats = True, False
         guidance = self.guidance(TAU_SCALE * tau)
         features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
         latent = features[-1]
@@ -366,6 +374,8 @@ class Rectifier(nn.Module):
                                    eta, torch.randn_like(latent) if eta else None)
         logits = self.decode(features, latent, guidance)
         self.train(training)
+        for norm in norms:
+            norm.track_running_stats = True
         return logits.argmax(dim=1)
 
 
@@ -566,6 +576,8 @@ def train(config: Config) -> None:
         return [label, rectifier.rectify(label, slices, tau, config.sampling_steps, config.eta)]
 
     model.eval()
+    if rectifies:
+        rectifier.eval()  # running statistics: here is one slice a call
     captions = ("image", "label", "prediction", "rectified")
     write_sample_grid(predict, captions[:3], data, config.crop, device, folder / "samples.png")
     if rectifies:
