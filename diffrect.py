@@ -8,26 +8,23 @@ latent from noise by diffusion, on condition of the coarser one's. So it turns w
 into better ones, which the U-Net learns from. Only the U-Net is used afterwards.
 
     Eq. 1, 7      forward diffusion                      cosine_alpha_bar, add_noise
-    Eq. 3, 12     reverse diffusion                      ddim_step, Rectifier.rectify
+    Eq. 3, 12     reverse diffusion                      reverse_step, Rectifier.rectify
     Eq. 4         classes as colours far apart (SCS)     semantic_colors, color_masks
     Eq. 5         embedding of a coloured mask           Rectifier.embed
     Eq. 6         calibration guidance tau (CG)          dice_coefficient, calibration_guidance
     Eq. 8, 10     the denoiser                           Denoiser
     Eq. 9, 11     S2W and W2G, losses of latents         Rectifier.forward
-    Eq. 13, 14    the two networks' losses               mask_loss, train
+    Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
 
-Run
-    python diffrect.py                                                       embedded phantom
-    python -m common.prepare acdc --source ACDC/training --root data/acdc    once
-    python diffrect.py --dataset acdc --labeled 7                            one GPU
+    python diffrect.py                                     embedded phantom
+    python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
     torchrun --nproc_per_node=3 diffrect.py --dataset acdc --labeled 7
-Table 4: --model fixmatch or lcc, --no-colors, --guidance none, --no-s2w, --no-w2g; 5: --guidance.
-Results, figures and all differences from the paper and the released code: .docs/diffrect.md
+Data, results, tables and all differences from the paper and the released code: .docs/diffrect.md
 """
 
 import math
 from dataclasses import asdict, dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import torch
@@ -45,9 +42,9 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSigna
                             run_main, say, with_defaults, world_size)
 
 MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
-GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none")
+RULES = ("paper", "released")
+GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none", "released")
 TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
-BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)  # of an encoder's levels
 # --consistency, --rectify-weight; --rampup and --warmup as shares of the training
 PUBLISHED = (0.1, 1.0, 1.0, 1 / 30)
@@ -59,24 +56,21 @@ class Config(VolumeOptions, RunOptions):
     """What touches learning; None: as `complete` has it."""
 
     model: str = option("diffrect", "supervised, or a row of Table 4", choices=MODELS)
+    rules: str = option("paper", "of pseudo labels, their loss, tau, lambda_1 and reverse steps",
+                        choices=RULES)
     strong_labeled: bool = option(False, "with --model supervised: the strong view of slices")
     s2w: bool = option(True, "strong-to-weak transport on unlabeled slices, Eq. 9")
     w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
     colors: bool = option(True, "semantic colours (SCS); off: grey levels")
-    guidance: str = option("dice", "tau (CG), Table 5", choices=GUIDANCE)
-    decoder: str = option("unet", "of latents: unet (released code), upsample (Section 2.3)",
-                          choices=("unet", "upsample"))
+    guidance: str | None = option(None, "tau (CG), Table 5 (dice; released)", choices=GUIDANCE)
+    upsample: bool = option(False, "decode latents by Upsample(r_l), Section 2.3; off: a U-Net's")
     threshold: float = option(0.8, "least confidence of a pseudo label", low=0, below=1)
-    pseudo_dice: bool = option(False, "Dice on pseudo labels too, as in the released code")
     consistency: float | None = option(None, "weight of pseudo labels, once it has risen", low=0)
     rampup: int | None = option(None, "iterations in which it rises", low=0)
     warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
     rectify_weight: float | None = option(None, "weight of rectified labels, Eq. 13", low=0)
-    lambda_u: float = option(1.0, "lambda_1 of Eq. 13, of latents of unlabeled slices", low=0)
-    lambda_l: float = option(1.0, "lambda_2 of Eq. 13, of latents of labeled slices", low=0)
-    diffusion_steps: int = option(10, "T of Eq. 1", low=1)
-    sampling_steps: int = option(2, "reverse steps that rectify a label", low=1)
-    eta: float = option(0.0, "noise of a reverse step: 0 DDIM, 1 DDPM (Eq. 12)", low=0, high=1)
+    diffusion_steps: int = option(10, "T of Eq. 1 (released code)", low=1)
+    batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
     channels: int | None = option(None, "of the first level of both networks", low=1)
     crop: int | None = option(None, "slices are resized to crop x crop, a multiple of 64", low=1)
     batch_size: int | None = option(None, "labeled slices a step, all GPUs; as many others", low=1)
@@ -93,13 +87,12 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
     config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
     steps, scale = config.iterations, config.batch_size / info.batch_size
     config = with_defaults(
-        config, consistency=consistency, rectify_weight=rectify_weight,
+        config, guidance="dice" if config.rules == "paper" else "released",
+        consistency=consistency, rectify_weight=rectify_weight,
         rampup=round(rampup * steps), warmup=round(warmup * steps), lr=info.lr * scale,
         crop=info.crop, channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
         output=f"runs/diffrect_{data.tag}_{config.seed}")
     require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
-    require(config.sampling_steps <= config.diffusion_steps,
-            f"--sampling-steps: 1 to --diffusion-steps {config.diffusion_steps}")
     require(config.model == "supervised" or not config.strong_labeled,
             "--strong-labeled needs --model supervised")
     require(config.s2w and config.w2g or config.model == "diffrect" and config.s2w != config.w2g,
@@ -148,8 +141,15 @@ def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = Fal
 
 
 def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: int) -> Tensor:
-    """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2]."""
-    # One a slice; the released code has one for the batch, 1 - Dice with background.
+    """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2].
+
+    released: one for the batch, 1 - Dice, to which background and absent classes (1) belong.
+    """
+    if kind == "released":
+        classes = torch.arange(num_classes, device=coarse.device)[:, None, None, None]
+        a, b = coarse == classes, torch.where(fine == IGNORE, 0, fine) == classes  # [C, B, H, W]
+        both, total = (a & b).sum(dim=(1, 2, 3)), (a.sum(dim=(1, 2, 3)) + b.sum(dim=(1, 2, 3)))
+        return (1 - (2 * both + 1e-5) / (total + 1e-5)).mean().expand(len(coarse))
     if kind == "random":
         return torch.rand(len(coarse), device=coarse.device)
     dice = dice_coefficient(coarse, fine, num_classes)
@@ -171,17 +171,17 @@ def add_noise(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
     return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
 
 
-def ddim_step(z_t, z0, alpha_bar, alpha_bar_next, eta: float = 0.0, noise=None) -> Tensor:
-    """From z_t to an earlier step, given the predicted clean z0 (Song et al. 2021, Eq. 12, 16).
+def reverse_step(z_t, z0, alpha_bar, alpha_bar_next, noise=None) -> Tensor:
+    """From z_t to an earlier step, given the predicted clean z0: Eq. 3, 12, where `noise` is eta.
 
-    With eta = 1, which needs `noise`, and neighbouring steps it is DDPM's, Eq. 3 and 12.
+    Without noise it is DDIM's (Song et al. 2021, Eq. 12 with sigma = 0).
     """
-    noise_in_z = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
-    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-    sigma = eta * variance.sqrt()
-    kept = (1 - alpha_bar_next - sigma.square()).clamp(min=0).sqrt()
-    z = alpha_bar_next.sqrt() * z0 + kept * noise_in_z
-    return z + sigma * noise if eta else z
+    epsilon = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
+    if noise is None:
+        return add_noise(z0, alpha_bar_next, epsilon)
+    alpha = alpha_bar / alpha_bar_next
+    mean = (z_t - (1 - alpha) / (1 - alpha_bar).sqrt() * epsilon) / alpha.sqrt()
+    return mean + ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha)).sqrt() * noise
 
 
 def ramp(iteration: int, length: int) -> float:
@@ -308,16 +308,15 @@ class Rectifier(nn.Module):
     """
 
     def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = 10,
-                 decoder: str = "unet", batch_statistics: bool = True):
+                 upsample: bool = False, batch_statistics: bool = True):
         super().__init__()
-        self.batch_statistics = batch_statistics
-        guided = 32 * channels
+        self.batch_statistics, guided = batch_statistics, 32 * channels
         self.guidance = Sinusoidal(4 * channels, guided)
         self.slice_encoder = Encoder(1, channels, guided)
         self.mask_encoder = Encoder(4, channels, guided)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
-        self.decoder = (Decoder(channels, len(colors), guided) if decoder == "unet" else
-                        nn.Conv2d(16 * channels, len(colors), 1))
+        self.decoder = (nn.Conv2d(16 * channels, len(colors), 1) if upsample else
+                        Decoder(channels, len(colors), guided))
         alpha_bar = cosine_alpha_bar(max(diffusion_steps, 1)).float()
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("colors", colors, persistent=False)
@@ -350,33 +349,31 @@ class Rectifier(nn.Module):
         return self.decode(features, recovered, guidance), latent_loss
 
     @torch.no_grad()
-    def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, sampling_steps: int = 2,
-                eta: float = 0.0) -> Tensor:
-        """Label maps -> better ones, int64, recovered from pure noise (Eq. 12).
+    def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, released=False) -> Tensor:
+        """Label maps -> logits [B, C, S, S] of better ones, recovered from pure noise (Eq. 12).
 
-        In training, batch norms use this batch's statistics, but running ones do not learn it.
+        released: in steps T and 1 only, without noise; clean latents are clamped.
         """
         training = self.training
-        norms = [part for part in self.modules() if isinstance(part, BATCH_NORMS)]
-        self.eval()
-        for norm in norms if training and self.batch_statistics else ():
-            norm.training, norm.track_running_stats = True, False
+        self.train(training and self.batch_statistics)  # of batch norms; and there is no dropout:
+        for block in self.modules():
+            if isinstance(block, nn.Dropout):
+                block.eval()
         guidance = self.guidance(TAU_SCALE * tau)
         features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
         latent = features[-1]
         if self.denoiser is not None:
             latent = torch.randn_like(latent, dtype=torch.float32)
-            times = torch.linspace(len(self.alpha_bar) - 1, 0, sampling_steps + 1)
-            steps = times.round().long().tolist()  # 10, 5, 0
-            for step, following in zip(steps, steps[1:]):
-                clean = self.denoiser(latent, features[-1], torch.full_like(tau, step))
-                latent = ddim_step(latent, clean, self.alpha_bar[step], self.alpha_bar[following],
-                                   eta, torch.randn_like(latent) if eta else None)
+            last = len(self.alpha_bar) - 1
+            for step, following in pairwise([last, 1, 0] if released else range(last, -1, -1)):
+                clean = self.denoiser(latent, features[-1], torch.full_like(tau, step)).float()
+                clean, noise = (clean.clamp(-1, 1), None) if released else (
+                    clean, torch.randn_like(latent))
+                latent = reverse_step(latent, clean, self.alpha_bar[step],
+                                      self.alpha_bar[following], noise)
         logits = self.decode(features, latent, guidance)
         self.train(training)
-        for norm in norms:
-            norm.track_running_stats = True
-        return logits.argmax(dim=1)
+        return logits
 
 
 # ---------------------------------------------------------------- training
@@ -395,18 +392,20 @@ def strong_view(slices: Tensor, info: VolumeInfo) -> Tensor:
     return torch.where(chosen[3].view(-1, 1, 1, 1), augment.gaussian_blur(slices, sigma), slices)
 
 
-def make_views(batch: dict[str, Tensor], info: VolumeInfo, strong_labeled: bool,
-               w2g: bool) -> tuple[Tensor, Tensor | None]:
-    """Slices, uint8 -> weak and strong views, float [N, 1, S, S] in [0, 1].
+def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float,
+                  released=False) -> tuple[Tensor, Tensor]:
+    """FixMatch's: classes, int64, and whether a pixel is confident enough to be learned from, bool.
 
-    weak: labeled, then unlabeled slices. strong: the unlabeled ones, without w2g all of them.
+    All [B, H, W] but the logits; outside of a turned slice is background, and not learned.
+    released: all pixels are learned, as background where (p_max - p_min) / p_max is no more than
+    the threshold (of p_max alone it would be a probability).
     """
-    labeled = to_float(batch["labeled"])
-    if "unlabeled" not in batch:  # for --model supervised
-        return strong_view(labeled, info) if strong_labeled else labeled, None
-    parts = [labeled, to_float(batch["unlabeled"])]
-    strong = [strong_view(part, info) for part in (parts[1:] if w2g else parts)]
-    return torch.cat(parts), torch.cat(strong)
+    probs = logits.detach().float().softmax(dim=1)
+    confidence, label = probs.max(dim=1)
+    if released:
+        passes = (confidence - probs.amin(dim=1)) / confidence > threshold
+        return label * (passes & inside), inside
+    return label * inside, (confidence >= threshold) & inside
 
 
 def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=True) -> Tensor:
@@ -429,6 +428,25 @@ def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=T
     return loss + (1 - (2 * both + 1e-5) / (squares + 1e-5)).mean()
 
 
+def fixmatch_loss(strong: Tensor, weak: Tensor, label: Tensor, used: Tensor, valid: Tensor,
+                  released=False) -> Tensor:
+    """Of unlabeled slices in L_Semi of Eq. 13, "as in" FixMatch: CE of `used` pixels.
+
+    strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: that of SSL4MIS, with
+    Dice and a complementary loss: weak's least likely class is to be unlikely in strong. It weighs
+    more the more the classes keep to few pixels.
+    """
+    loss = mask_loss(strong, label, used, valid, dice=released)
+    if not released:
+        return loss
+    probs = strong.float().softmax(dim=1)
+    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # of a class's mass at each pixel
+    entropy = -(share * share.clamp(min=1e-7).log()).sum(dim=2) / math.log(share.shape[2])
+    least_likely = weak.detach().argmin(dim=1)
+    complementary = mask_loss(1 - probs, least_likely, valid, valid, dice=False)
+    return loss + (1 - entropy.mean()).square() * complementary
+
+
 def distribute(model: nn.Module, device: torch.device, compile: bool):
     """The model, moved to the device in place, as training calls it."""
     if world_size() > 1 and device.type == "cuda":
@@ -444,6 +462,7 @@ def train(config: Config) -> None:
     config = complete(config, data, device)
     info, classes = data.info, data.info.num_classes
     supervised, rectifies = config.model == "supervised", config.model in ("lcc", "diffrect")
+    released, streams = config.rules == "released", ["labeled", "unlabeled"][: 2 - supervised]
 
     torch.manual_seed(config.seed)
     model = UNet(classes, config.channels)
@@ -453,7 +472,8 @@ def train(config: Config) -> None:
         grey = torch.linspace(0, 255, classes).round().byte()[:, None].repeat(1, 3)
         colors = semantic_colors(classes) if config.colors else grey
         steps = config.diffusion_steps if config.model == "diffrect" else 0
-        rectifier = Rectifier(colors, config.channels, steps, config.decoder)
+        rectifier = Rectifier(colors, config.channels, steps, config.upsample,
+                              config.batch_statistics)
         rectifier_network = distribute(rectifier, device, config.compile)
         parameters += rectifier.parameters()
         state["rectifier"] = rectifier
@@ -466,7 +486,7 @@ def train(config: Config) -> None:
     checkpoint = Checkpoint(folder, "diffrect", asdict(config), state)
     start = checkpoint.load()
     log = Log(folder, "diffrect", start, config.iterations, config.log_every, config.eval_every,
-              config.batch_size * (1 if supervised else 2), config.tensorboard, metric="dice")
+              config.batch_size * len(streams), config.tensorboard, metric="dice")
     stop = StopSignal()
     loader = slice_loader(data, config.crop, config.batch_size, config.seed, start,
                           config.iterations, device, not supervised, config.num_workers)
@@ -483,35 +503,32 @@ def train(config: Config) -> None:
         evaluate_now(start)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        weak, strong = make_views(batch, info, config.strong_labeled, config.w2g)
+        weak = to_float(torch.cat([batch[name] for name in streams]))  # labeled, then unlabeled
+        strong = strong_view(weak, info)
         label = batch["label"].long()
         known, size = label != IGNORE, len(label)
         with amp:
-            logits_weak = network(weak)
+            logits_weak = network(strong if config.strong_labeled else weak)
             logits_strong = None if supervised else network(strong)
         loss_sup = mask_loss(logits_weak[:size], label, known, known)
         loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Eq. 13
         if not supervised:
             valid = batch["valid"]
-            inside = torch.cat([known, valid])  # outside of turned slices is background
-            masks_weak = logits_weak.detach().argmax(dim=1) * inside
-            masks_strong = logits_strong.detach().argmax(dim=1) * inside[-len(strong) :]
-            pseudo_label = masks_weak[size:]
-            confidence = logits_weak[size:].detach().float().softmax(dim=1).amax(dim=1)
-            used = (confidence >= config.threshold) & valid
-            # No Dice, unlike the released code: it let small wrong regions grow on the phantom.
-            loss_unsup = mask_loss(logits_strong[-size:], pseudo_label, used, valid,
-                                   config.pseudo_dice)
+            inside, threshold = torch.cat([known, valid]), config.threshold
+            masks_weak, used = pseudo_labels(logits_weak, inside, threshold, released)
+            masks_strong, _ = pseudo_labels(logits_strong, inside, threshold, released)
+            logits_weak_u, pseudo_label, used = logits_weak[size:], masks_weak[size:], used[size:]
+            loss_unsup = fixmatch_loss(logits_strong[size:], logits_weak_u, pseudo_label, used,
+                                       valid, released)
             weight = config.consistency * ramp(step - 1, config.rampup)
             loss = loss + weight * loss_unsup
             terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
         if rectifies:
-            # All confidences; in the released code, what is not confident is background here.
             coarse, fine, slices = masks_strong, masks_weak, strong  # Eq. 9: strong to weak
             if config.w2g:  # Eq. 11: weak to truth
-                coarse = torch.cat([masks_weak[:size], masks_strong])
-                fine = torch.cat([label, pseudo_label])
-                slices = torch.cat([weak[:size], strong])
+                coarse = torch.cat([masks_weak[:size], coarse[size:]])
+                fine = torch.cat([label, fine[size:]])
+                slices = torch.cat([weak[:size], slices[size:]])
             tau_u = calibration_guidance(config.guidance, coarse[size:], fine[size:], classes)
             tau_l = calibration_guidance(config.guidance, coarse[:size], fine[:size], classes)
             count = 2 * size if config.s2w else size
@@ -520,14 +537,13 @@ def train(config: Config) -> None:
                     coarse[:count], fine[:count], slices[:count], torch.cat([tau_l, tau_u])[:count])
             loss_decoded = mask_loss(logits[:size], label, known, known)
             loss_latent_l = latent_loss[:size].mean()
-            loss_rectifier = loss_decoded + config.lambda_l * loss_latent_l  # of Eq. 13
+            loss_rectifier = loss_decoded + loss_latent_l  # of Eq. 13, lambda_2 = 1
             terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
             if config.s2w:
-                loss_decoded_u = mask_loss(logits[size:], pseudo_label, used, valid,
-                                           config.pseudo_dice)
-                loss_latent_u = latent_loss[size:].mean()
-                loss_rectifier = loss_rectifier + weight * loss_decoded_u
-                loss_rectifier = loss_rectifier + config.lambda_u * loss_latent_u
+                loss_decoded_u = fixmatch_loss(logits[size:], logits_weak_u, pseudo_label, used,
+                                               valid, released)
+                loss_latent_u, lambda_1 = latent_loss[size:].mean(), weight if released else 1
+                loss_rectifier = loss_rectifier + weight * loss_decoded_u + lambda_1 * loss_latent_u
                 terms |= {"loss_decoded_u": loss_decoded_u, "loss_latent_u": loss_latent_u}
             loss_rectifier.backward()
             optimizer.step()
@@ -535,9 +551,10 @@ def train(config: Config) -> None:
             rectified, loss_rectified = pseudo_label, torch.zeros_like(loss)
             if step > config.warmup:
                 with amp:
-                    rectified = rectifier.rectify(pseudo_label, weak[size:], tau_u,
-                                                  config.sampling_steps, config.eta)
-                loss_rectified = mask_loss(logits_weak[size:], rectified, valid, valid)  # Eq. 14
+                    logits = rectifier.rectify(pseudo_label, weak[size:],
+                                               tau_l if released else tau_u, released)
+                rectified, _ = pseudo_labels(logits, valid, threshold, released)
+                loss_rectified = mask_loss(logits_weak_u, rectified, valid, valid)  # Eq. 14
                 loss = loss + config.rectify_weight * loss_rectified
             terms |= {"loss_rectifier": loss_rectifier, "loss_rectified": loss_rectified,
                       "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
@@ -567,21 +584,16 @@ def train(config: Config) -> None:
         say(f"test list: dice {results['dice']:.2f}")
         log.write_results(test=results)
 
-    def predict(slices: Tensor) -> list[Tensor]:
-        return [model(slices).argmax(dim=1)]
-
-    def rectify(slices: Tensor) -> list[Tensor]:
+    def label_maps(slices: Tensor) -> list[Tensor]:
         label = model(slices).argmax(dim=1)
         tau = calibration_guidance(config.guidance, label, label, classes)  # there is one view
-        return [label, rectifier.rectify(label, slices, tau, config.sampling_steps, config.eta)]
+        rectified = rectifier.rectify(label, slices, tau, released) if rectifies else None
+        return [label, rectified.argmax(dim=1)] if rectifies else [label]
 
-    model.eval()
-    if rectifies:
-        rectifier.eval()  # running statistics: here is one slice a call
-    captions = ("image", "label", "prediction", "rectified")
-    write_sample_grid(predict, captions[:3], data, config.crop, device, folder / "samples.png")
-    if rectifies:
-        write_sample_grid(rectify, captions, data, config.crop, device, folder / "rectified.png")
+    for network in checkpoint.models:
+        network.eval()  # running statistics: here one slice is a batch
+    captions = ["image", "label", "prediction", "rectified"][: 3 + rectifies]
+    write_sample_grid(label_maps, captions, data, config.crop, device, folder / "samples.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
