@@ -42,13 +42,8 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSigna
                             run_main, say, with_defaults, world_size)
 
 MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
-RULES = ("paper", "released")
 GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none", "released")
 TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
-DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)  # of an encoder's levels
-# --consistency, --rectify-weight; --rampup and --warmup as shares of the training
-PUBLISHED = (0.1, 1.0, 1.0, 1 / 30)
-EMBEDDED = (1.0, 0.3, 0.3, 0.3)
 
 
 @dataclass
@@ -56,20 +51,18 @@ class Config(VolumeOptions, RunOptions):
     """What touches learning; None: as `complete` has it."""
 
     model: str = option("diffrect", "supervised, or a row of Table 4", choices=MODELS)
-    rules: str = option("paper", "of pseudo labels, their loss, tau, lambda_1 and reverse steps",
-                        choices=RULES)
+    rules: str = option("paper", "of pseudo labels and their loss, tau, lambda_1, reverse steps",
+                        choices=("paper", "released"))
     strong_labeled: bool = option(False, "with --model supervised: the strong view of slices")
     s2w: bool = option(True, "strong-to-weak transport on unlabeled slices, Eq. 9")
     w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
     colors: bool = option(True, "semantic colours (SCS); off: grey levels")
     guidance: str | None = option(None, "tau (CG), Table 5 (dice; released)", choices=GUIDANCE)
-    upsample: bool = option(False, "decode latents by Upsample(r_l), Section 2.3; off: a U-Net's")
     threshold: float = option(0.8, "least confidence of a pseudo label", low=0, below=1)
     consistency: float | None = option(None, "weight of pseudo labels, once it has risen", low=0)
     rampup: int | None = option(None, "iterations in which it rises", low=0)
     warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
     rectify_weight: float | None = option(None, "weight of rectified labels, Eq. 13", low=0)
-    diffusion_steps: int = option(10, "T of Eq. 1 (released code)", low=1)
     batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
     channels: int | None = option(None, "of the first level of both networks", low=1)
     crop: int | None = option(None, "slices are resized to crop x crop, a multiple of 64", low=1)
@@ -83,22 +76,20 @@ class Config(VolumeOptions, RunOptions):
 def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
     """Without None. Raises UserError for options that do not go together."""
     info = data.info
-    consistency, rectify_weight, rampup, warmup = EMBEDDED if info.embedded else PUBLISHED
     config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
     steps, scale = config.iterations, config.batch_size / info.batch_size
     config = with_defaults(
         config, guidance="dice" if config.rules == "paper" else "released",
-        consistency=consistency, rectify_weight=rectify_weight,
-        rampup=round(rampup * steps), warmup=round(warmup * steps), lr=info.lr * scale,
-        crop=info.crop, channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
+        consistency=info.consistency, rectify_weight=info.rectify_weight, lr=info.lr * scale,
+        rampup=round(info.rampup * steps), warmup=round(info.warmup * steps), crop=info.crop,
+        channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
         output=f"runs/diffrect_{data.tag}_{config.seed}")
     require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
     require(config.model == "supervised" or not config.strong_labeled,
             "--strong-labeled needs --model supervised")
     require(config.s2w and config.w2g or config.model == "diffrect" and config.s2w != config.w2g,
             "--no-s2w and --no-w2g: one of them, for --model diffrect; without both: --model lcc")
-    split = config.eval_split
-    require(len(getattr(data, split)) > 0, f"{info.name} has no {split} list")
+    require(len(getattr(data, config.eval_split)) > 0, f"there is no {config.eval_split} list")
     require(not config.checkpoint_activations, "--checkpoint-activations is not for diffrect.py")
     return config
 
@@ -107,12 +98,7 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
 
 
 def semantic_colors(num_classes: int) -> Tensor:
-    """M_C of Eq. 4: for up to 8 classes corners of the RGB cube, uint8 [C, 3]; background is black.
-
-    As far apart as can be: their smallest distance is the largest, then the second smallest, ...
-    """
-    if not 1 <= num_classes <= 8:
-        raise ValueError(f"there are colours for 1 to 8 classes, not {num_classes}")
+    """M_C of Eq. 4, uint8 [C, 3]: black and the corners of the RGB cube farthest apart; C <= 8."""
     black, *corners = product((0, 255), repeat=3)
     choices = [(black, *others) for others in combinations(corners, num_classes - 1)]
     best = max(choices, key=lambda choice: sorted(
@@ -126,12 +112,13 @@ def color_masks(labels: Tensor, colors: Tensor) -> Tensor:
     return (colors.float() / 255).to(labels.device)[labels].permute(0, 3, 1, 2)
 
 
-def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = False) -> Tensor:
+def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = False,
+                     background: bool = False) -> Tensor:
     """Eq. 6: Dice (or Jaccard) of label maps [B, H, W], [B] in [0, 1]; 255 in either is left out.
 
-    A mean over the classes but 0 that occur in either map; 1 if none does.
+    A mean over the classes (0 only with `background`) that occur in either map; 1 if none does.
     """
-    classes = torch.arange(1, num_classes, device=a.device)[:, None, None]
+    classes = torch.arange(1 - background, num_classes, device=a.device)[:, None, None]
     known = ((a != IGNORE) & (b != IGNORE))[:, None]
     a, b = (a[:, None] == classes) & known, (b[:, None] == classes) & known
     both, total = (a & b).sum(dim=(2, 3)), a.sum(dim=(2, 3)) + b.sum(dim=(2, 3))  # [B, C - 1]
@@ -143,19 +130,15 @@ def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = Fal
 def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: int) -> Tensor:
     """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2].
 
-    released: one for the batch, 1 - Dice, to which background and absent classes (1) belong.
+    released: 1 - Dice, with background, of the batch as one map.
     """
-    if kind == "released":
-        classes = torch.arange(num_classes, device=coarse.device)[:, None, None, None]
-        a, b = coarse == classes, torch.where(fine == IGNORE, 0, fine) == classes  # [C, B, H, W]
-        both, total = (a & b).sum(dim=(1, 2, 3)), (a.sum(dim=(1, 2, 3)) + b.sum(dim=(1, 2, 3)))
-        return (1 - (2 * both + 1e-5) / (total + 1e-5)).mean().expand(len(coarse))
-    if kind == "random":
-        return torch.rand(len(coarse), device=coarse.device)
     dice = dice_coefficient(coarse, fine, num_classes)
     jaccard = dice_coefficient(coarse, fine, num_classes, jaccard=True)
+    maps = (labels.flatten(0, 1)[None] for labels in (coarse, fine))
+    of_batch = dice_coefficient(*maps, num_classes, background=True)
     return {"dice": dice, "jaccard": jaccard, "both": dice + jaccard,
-            "fixed": torch.full_like(dice, 0.5), "none": torch.zeros_like(dice)}[kind]
+            "fixed": torch.full_like(dice, 0.5), "random": torch.rand_like(dice),
+            "none": torch.zeros_like(dice), "released": (1 - of_batch).expand_as(dice)}[kind]
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
@@ -172,10 +155,7 @@ def add_noise(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
 
 
 def reverse_step(z_t, z0, alpha_bar, alpha_bar_next, noise=None) -> Tensor:
-    """From z_t to an earlier step, given the predicted clean z0: Eq. 3, 12, where `noise` is eta.
-
-    Without noise it is DDIM's (Song et al. 2021, Eq. 12 with sigma = 0).
-    """
+    """Eq. 3, 12, given the predicted z0; without noise (their eta) it is DDIM's, as released."""
     epsilon = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
     if noise is None:
         return add_noise(z0, alpha_bar_next, epsilon)
@@ -227,13 +207,12 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, inputs, S, S] -> features of five levels: c to 16 c channels, strides 1 to 16; to each
-    level's those of `added`, if there, are added."""
+    """[B, inputs, S, S] -> features of five levels, strides 1 to 16; `added` ones are added."""
 
     def __init__(self, inputs: int, channels: int, guided: int = 0):
         super().__init__()
         widths = [inputs, *(channels * 2**level for level in range(5))]
-        sizes = zip(widths, widths[1:], DROPOUT)
+        sizes = zip(widths, widths[1:], (0.05, 0.1, 0.2, 0.3, 0.5))  # the last: dropout
         self.blocks = nn.ModuleList(Block(*size, guided) for size in sizes)
 
     def forward(self, x: Tensor, embedding=None, added=None) -> list[Tensor]:
@@ -268,24 +247,20 @@ class UNet(nn.Sequential):
         super().__init__(Encoder(1, channels), Decoder(channels, num_classes))
 
 
-class Sinusoidal(nn.Module):
+class Sinusoidal(nn.Sequential):
     """Numbers [B] -> [B, outputs]: sines and cosines (Ho et al. 2020), then two layers."""
 
-    def __init__(self, frequencies: int, outputs: int):
-        super().__init__()
-        rates = torch.exp(-math.log(10_000) * torch.arange(frequencies) / (frequencies - 1))
-        self.register_buffer("rates", rates, persistent=False)
-        first, second = nn.Linear(2 * frequencies, outputs), nn.Linear(outputs, outputs)
-        self.layers = nn.Sequential(first, nn.SiLU(), second)
+    def __init__(self, count: int, outputs: int):
+        super().__init__(nn.Linear(2 * count, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
     def forward(self, values: Tensor) -> Tensor:
-        angles = values.float()[:, None] * self.rates
-        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))
+        numbers = torch.arange(self[0].in_features // 2, device=values.device)
+        angles = values.float()[:, None] / 10_000 ** (numbers / (len(numbers) - 1))
+        return super().forward(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
 class Denoiser(nn.Module):
-    """Eq. 8, 10: z_t and condition [B, 16 c, S/16, S/16], step [B] -> the clean latent, as in Eq. 9
-    and 11 (in Eq. 3 and 12 the paper has it predict the noise)."""
+    """Eq. 8, 10: z_t, condition [B, 16 c, S/16, S/16], step [B] -> r of Eq. 9, 11: the clean z."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -308,37 +283,29 @@ class Rectifier(nn.Module):
     """
 
     def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = 10,
-                 upsample: bool = False, batch_statistics: bool = True):
+                 batch_statistics: bool = True):
         super().__init__()
         self.batch_statistics, guided = batch_statistics, 32 * channels
         self.guidance = Sinusoidal(4 * channels, guided)
         self.slice_encoder = Encoder(1, channels, guided)
         self.mask_encoder = Encoder(4, channels, guided)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
-        self.decoder = (nn.Conv2d(16 * channels, len(colors), 1) if upsample else
-                        Decoder(channels, len(colors), guided))
-        alpha_bar = cosine_alpha_bar(max(diffusion_steps, 1)).float()
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
-        self.register_buffer("colors", colors, persistent=False)
+        self.decoder = Decoder(channels, len(colors), guided)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(max(diffusion_steps, 1)).float(), False)
+        self.register_buffer("colors", colors, False)
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
         """B_sem of Eq. 5: features of five levels, to which those of the slices are added."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, of_slices)
 
-    def decode(self, features: list[Tensor], latent: Tensor, guidance: Tensor) -> Tensor:
-        if isinstance(self.decoder, Decoder):
-            return self.decoder([*features[:-1], latent], guidance)
-        return F.interpolate(self.decoder(latent), features[0].shape[2:], mode="bilinear")
-
     def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
-        """Label maps -> logits [B, C, S, S] of the recovered fine one, and the latent loss of each
-        pair, [B] (Eq. 9, 11)."""
+        """Label maps -> logits [B, C, S, S] of fine recovered; latent losses [B] (Eq. 9, 11)."""
         guidance = self.guidance(TAU_SCALE * tau)
         of_slices = self.slice_encoder(slices, guidance)
         features = self.embed(coarse, slices, guidance, of_slices)
         if self.denoiser is None:
-            return self.decode(features, features[-1], guidance), torch.zeros_like(tau)
+            return self.decoder(features, guidance), torch.zeros_like(tau)
         with torch.no_grad():  # a target that learned too would shrink, to be recovered easily
             clean = self.embed(fine, slices, guidance, of_slices)[-1]
         step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)
@@ -346,7 +313,7 @@ class Rectifier(nn.Module):
         noisy = add_noise(clean, alpha_bar, torch.randn_like(clean))
         recovered = self.denoiser(noisy, features[-1], step)
         latent_loss = (recovered.float() - clean.float()).square().mean(dim=(1, 2, 3))
-        return self.decode(features, recovered, guidance), latent_loss
+        return self.decoder([*features[:-1], recovered], guidance), latent_loss
 
     @torch.no_grad()
     def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, released=False) -> Tensor:
@@ -356,22 +323,21 @@ class Rectifier(nn.Module):
         """
         training = self.training
         self.train(training and self.batch_statistics)  # of batch norms; and there is no dropout:
-        for block in self.modules():
-            if isinstance(block, nn.Dropout):
-                block.eval()
+        for part in self.modules():
+            part.training &= not isinstance(part, nn.Dropout)
         guidance = self.guidance(TAU_SCALE * tau)
         features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
-        latent = features[-1]
         if self.denoiser is not None:
-            latent = torch.randn_like(latent, dtype=torch.float32)
-            last = len(self.alpha_bar) - 1
-            for step, following in pairwise([last, 1, 0] if released else range(last, -1, -1)):
-                clean = self.denoiser(latent, features[-1], torch.full_like(tau, step)).float()
-                clean, noise = (clean.clamp(-1, 1), None) if released else (
-                    clean, torch.randn_like(latent))
-                latent = reverse_step(latent, clean, self.alpha_bar[step],
-                                      self.alpha_bar[following], noise)
-        logits = self.decode(features, latent, guidance)
+            condition, alpha_bar = features.pop(), self.alpha_bar
+            latent = torch.randn_like(condition, dtype=torch.float32)  # r_l of step T
+            steps = range(len(alpha_bar) - 1, -1, -1)
+            for step, following in pairwise((steps[0], 1, 0) if released else steps):
+                clean = self.denoiser(latent, condition, torch.full_like(tau, step)).float()
+                clean = clean.clamp(-1, 1) if released else clean
+                noise = None if released else torch.randn_like(latent)
+                latent = reverse_step(latent, clean, alpha_bar[step], alpha_bar[following], noise)
+            features.append(latent)
+        logits = self.decoder(features, guidance)
         self.train(training)
         return logits
 
@@ -392,13 +358,11 @@ def strong_view(slices: Tensor, info: VolumeInfo) -> Tensor:
     return torch.where(chosen[3].view(-1, 1, 1, 1), augment.gaussian_blur(slices, sigma), slices)
 
 
-def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float,
-                  released=False) -> tuple[Tensor, Tensor]:
-    """FixMatch's: classes, int64, and whether a pixel is confident enough to be learned from, bool.
+def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float, released=False) -> tuple:
+    """FixMatch's: classes, int64, and the pixels confident enough to be learned from, bool.
 
-    All [B, H, W] but the logits; outside of a turned slice is background, and not learned.
-    released: all pixels are learned, as background where (p_max - p_min) / p_max is no more than
-    the threshold (of p_max alone it would be a probability).
+    released: all are learned, as background where (p_max - p_min) / p_max is not above threshold.
+    Outside of a turned slice is background, not learned. All are [B, H, W] but the logits.
     """
     probs = logits.detach().float().softmax(dim=1)
     confidence, label = probs.max(dim=1)
@@ -419,8 +383,7 @@ def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=T
     if not dice:
         return loss
     probs = logits.float().softmax(dim=1) * used[:, None]
-    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).permute(0, 3, 1, 2)
-    truth = truth * used[:, None]  # [B, C, H, W]
+    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).movedim(3, 1) * used[:, None]
     sums = torch.stack([probs * truth, probs.square() + truth]).sum(dim=(1, 3, 4))  # [2, C]
     # Each rank then has the same loss; its gradient is multiplied, as DDP takes the mean of ranks.
     total = all_reduce_sum(sums.detach().clone())
@@ -428,22 +391,19 @@ def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=T
     return loss + (1 - (2 * both + 1e-5) / (squares + 1e-5)).mean()
 
 
-def fixmatch_loss(strong: Tensor, weak: Tensor, label: Tensor, used: Tensor, valid: Tensor,
-                  released=False) -> Tensor:
-    """Of unlabeled slices in L_Semi of Eq. 13, "as in" FixMatch: CE of `used` pixels.
+def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
+    """Of unlabeled slices in L_Semi of Eq. 13, as in FixMatch: CE of `used` pixels.
 
-    strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: that of SSL4MIS, with
-    Dice and a complementary loss: weak's least likely class is to be unlikely in strong. It weighs
-    more the more the classes keep to few pixels.
+    strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: Dice too, and the
+    complementary loss of SSL4MIS: weak's least likely class is to be unlikely in strong.
     """
     loss = mask_loss(strong, label, used, valid, dice=released)
     if not released:
         return loss
     probs = strong.float().softmax(dim=1)
-    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # of a class's mass at each pixel
+    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # of pixels in a class
     entropy = -(share * share.clamp(min=1e-7).log()).sum(dim=2) / math.log(share.shape[2])
-    least_likely = weak.detach().argmin(dim=1)
-    complementary = mask_loss(1 - probs, least_likely, valid, valid, dice=False)
+    complementary = mask_loss(1 - probs, weak.detach().argmin(dim=1), valid, valid, dice=False)
     return loss + (1 - entropy.mean()).square() * complementary
 
 
@@ -471,9 +431,8 @@ def train(config: Config) -> None:
     if rectifies:
         grey = torch.linspace(0, 255, classes).round().byte()[:, None].repeat(1, 3)
         colors = semantic_colors(classes) if config.colors else grey
-        steps = config.diffusion_steps if config.model == "diffrect" else 0
-        rectifier = Rectifier(colors, config.channels, steps, config.upsample,
-                              config.batch_statistics)
+        steps = 10 if config.model == "diffrect" else 0
+        rectifier = Rectifier(colors, config.channels, steps, config.batch_statistics)
         rectifier_network = distribute(rectifier, device, config.compile)
         parameters += rectifier.parameters()
         state["rectifier"] = rectifier
@@ -511,18 +470,19 @@ def train(config: Config) -> None:
             logits_weak = network(strong if config.strong_labeled else weak)
             logits_strong = None if supervised else network(strong)
         loss_sup = mask_loss(logits_weak[:size], label, known, known)
-        loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Eq. 13
+        loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Seg Loss of Eq. 13
         if not supervised:
             valid = batch["valid"]
             inside, threshold = torch.cat([known, valid]), config.threshold
             masks_weak, used = pseudo_labels(logits_weak, inside, threshold, released)
             masks_strong, _ = pseudo_labels(logits_strong, inside, threshold, released)
-            logits_weak_u, pseudo_label, used = logits_weak[size:], masks_weak[size:], used[size:]
-            loss_unsup = fixmatch_loss(logits_strong[size:], logits_weak_u, pseudo_label, used,
-                                       valid, released)
+            pseudo_label, used = masks_weak[size:], used[size:]
+            of_weak = logits_weak[size:], pseudo_label, used, valid  # what strong slices learn
+            loss_unsup = fixmatch_loss(logits_strong[size:], *of_weak, released)
             weight = config.consistency * ramp(step - 1, config.rampup)
             loss = loss + weight * loss_unsup
             terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
+            masks = {"pseudo_dice": pseudo_label}
         if rectifies:
             coarse, fine, slices = masks_strong, masks_weak, strong  # Eq. 9: strong to weak
             if config.w2g:  # Eq. 11: weak to truth
@@ -531,44 +491,38 @@ def train(config: Config) -> None:
                 slices = torch.cat([weak[:size], slices[size:]])
             tau_u = calibration_guidance(config.guidance, coarse[size:], fine[size:], classes)
             tau_l = calibration_guidance(config.guidance, coarse[:size], fine[:size], classes)
-            count = 2 * size if config.s2w else size
+            tau = torch.cat([tau_l, tau_u])
             with amp:
-                logits, latent_loss = rectifier_network(
-                    coarse[:count], fine[:count], slices[:count], torch.cat([tau_l, tau_u])[:count])
+                logits, latent_loss = rectifier_network(coarse, fine, slices, tau)
             loss_decoded = mask_loss(logits[:size], label, known, known)
             loss_latent_l = latent_loss[:size].mean()
-            loss_rectifier = loss_decoded + loss_latent_l  # of Eq. 13, lambda_2 = 1
+            loss_diff = loss_decoded + loss_latent_l  # Diff Loss of Eq. 13, lambda_2 = 1
             terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
             if config.s2w:
-                loss_decoded_u = fixmatch_loss(logits[size:], logits_weak_u, pseudo_label, used,
-                                               valid, released)
+                loss_decoded_u = fixmatch_loss(logits[size:], *of_weak, released)
                 loss_latent_u, lambda_1 = latent_loss[size:].mean(), weight if released else 1
-                loss_rectifier = loss_rectifier + weight * loss_decoded_u + lambda_1 * loss_latent_u
+                loss_diff = loss_diff + weight * loss_decoded_u + lambda_1 * loss_latent_u
                 terms |= {"loss_decoded_u": loss_decoded_u, "loss_latent_u": loss_latent_u}
-            loss_rectifier.backward()
+            loss_diff.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rectified, loss_rectified = pseudo_label, torch.zeros_like(loss)
+            terms |= {"loss_diff": loss_diff, "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
             if step > config.warmup:
                 with amp:
                     logits = rectifier.rectify(pseudo_label, weak[size:],
                                                tau_l if released else tau_u, released)
                 rectified, _ = pseudo_labels(logits, valid, threshold, released)
-                loss_rectified = mask_loss(logits_weak_u, rectified, valid, valid)  # Eq. 14
+                loss_rectified = mask_loss(logits_weak[size:], rectified, valid, valid)  # Eq. 14
                 loss = loss + config.rectify_weight * loss_rectified
-            terms |= {"loss_rectifier": loss_rectifier, "loss_rectified": loss_rectified,
-                      "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
+                terms["loss_rectified"], masks["rectified_dice"] = loss_rectified, rectified
         # For all losses of the U-Net; the released code makes two steps, one for rectified labels.
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
 
-        if "truth" in batch:  # for the log only
-            terms["pseudo_dice"] = dice_coefficient(pseudo_label, batch["truth"], classes).mean()
-            if rectifies:
-                rectified_dice = dice_coefficient(rectified, batch["truth"], classes)
-                terms["rectified_dice"] = rectified_dice.mean()
+        for name, labels in masks.items() if "truth" in batch else ():  # for the log only
+            terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)
         due = step % (config.save_every or config.eval_every) == 0 or step == config.iterations
@@ -585,10 +539,11 @@ def train(config: Config) -> None:
         log.write_results(test=results)
 
     def label_maps(slices: Tensor) -> list[Tensor]:
-        label = model(slices).argmax(dim=1)
-        tau = calibration_guidance(config.guidance, label, label, classes)  # there is one view
-        rectified = rectifier.rectify(label, slices, tau, released) if rectifies else None
-        return [label, rectified.argmax(dim=1)] if rectifies else [label]
+        maps = [model(slices).argmax(dim=1)]
+        if rectifies:
+            tau = calibration_guidance(config.guidance, *2 * maps, classes)  # there is one view
+            maps.append(rectifier.rectify(*maps, slices, tau, released).argmax(dim=1))
+        return maps
 
     for network in checkpoint.models:
         network.eval()  # running statistics: here one slice is a batch
@@ -598,8 +553,7 @@ def train(config: Config) -> None:
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: slices -> logits."""
-    model = UNet(num_classes, config["channels"])
-    return load_strictly(model, state, "the checkpoint's weights")
+    return load_strictly(UNet(num_classes, config["channels"]), state, "the checkpoint's weights")
 
 
 if __name__ == "__main__":
