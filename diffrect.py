@@ -508,9 +508,9 @@ def train(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             terms |= {"loss_diff": loss_diff, "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
             if step > config.warmup:
-                with amp:
-                    logits = rectifier.rectify(pseudo_label, weak[size:],
-                                               tau_l if released else tau_u, released)
+                tau = tau_l.repeat(2) if released else tau
+                with amp:  # labeled slices as well, for the batch statistics
+                    logits = rectifier.rectify(masks_weak, weak, tau, released)[size:]
                 rectified, _ = pseudo_labels(logits, valid, threshold, released)
                 loss_rectified = mask_loss(logits_weak[size:], rectified, valid, valid)  # Eq. 14
                 loss = loss + config.rectify_weight * loss_rectified
