@@ -506,6 +506,16 @@ def test_the_checkpoint_is_scored_as_in_training(trained, hearts):
         assert {name: noted[name] for name in scores} == json.loads(json.dumps(scores))
 
 
+def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
+    log = runtime.Log(tmp_path, "diffrect", 0, 200, 2, 100, 1, False, metric="dice")
+    for step in range(2, 102, 2):  # noise of 60 % until 60
+        loss = 0.1 * (1 + 0.6 * (-1) ** (step // 2)) if step <= 60 else 0.6
+        log.write(step, {"loss": 9.0, "loss_sup": loss})
+    shown = capsys.readouterr().out.splitlines()
+    warned = ["LOSS ON LABELS 0.60, WAS 0.0" in line for line in shown]
+    assert len(shown) == 10 and warned == [step > 60 for step in range(10, 110, 10)]
+
+
 def test_an_interrupted_run_ends_with_identical_bits(trained, hearts, tmp_path, monkeypatch,
                                                      keep_signal_handlers):
     command = configured(*LONGER, "--data-root", hearts, "--output", tmp_path)
