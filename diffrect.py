@@ -101,7 +101,7 @@ def semantic_colors(num_classes: int) -> Tensor:
     """M_C of Eq. 4, uint8 [C, 3]: black and the corners of the RGB cube farthest apart; C <= 8."""
     black, *corners = product((0, 255), repeat=3)
     choices = [(black, *others) for others in combinations(corners, num_classes - 1)]
-    best = max(choices, key=lambda choice: sorted(
+    best = max(choices, key=lambda choice: sorted(  # first by the smallest distance
         math.dist(*pair) for pair in combinations(choice, 2)))
     return torch.tensor(best, dtype=torch.uint8)
 
@@ -295,7 +295,7 @@ class Rectifier(nn.Module):
         self.register_buffer("colors", colors, False)
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
-        """B_sem of Eq. 5: features of five levels, to which those of the slices are added."""
+        """B_sem of Eq. 5: features of five levels, the slices' own (Section 3.1) added to each."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, of_slices)
 
@@ -322,7 +322,7 @@ class Rectifier(nn.Module):
         released: in steps T and 1 only, without noise; clean latents are clamped.
         """
         training = self.training
-        self.train(training and self.batch_statistics)  # of batch norms; and there is no dropout:
+        self.train(training and self.batch_statistics)  # for batch norms; dropout is off
         for part in self.modules():
             part.training &= not isinstance(part, nn.Dropout)
         guidance = self.guidance(TAU_SCALE * tau)
@@ -392,7 +392,7 @@ def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=T
 
 
 def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
-    """Of unlabeled slices in L_Semi of Eq. 13, as in FixMatch: CE of `used` pixels.
+    """L_Semi of Eq. 13 on unlabeled slices, as in FixMatch: CE of `used` pixels.
 
     strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: Dice too, and the
     complementary loss of SSL4MIS: weak's least likely class is to be unlikely in strong.
@@ -401,7 +401,7 @@ def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
     if not released:
         return loss
     probs = strong.float().softmax(dim=1)
-    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # of pixels in a class
+    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # its entropy: how spread a class
     entropy = -(share * share.clamp(min=1e-7).log()).sum(dim=2) / math.log(share.shape[2])
     complementary = mask_loss(1 - probs, weak.detach().argmin(dim=1), valid, valid, dice=False)
     return loss + (1 - entropy.mean()).square() * complementary
@@ -473,11 +473,11 @@ def train(config: Config) -> None:
         loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Seg Loss of Eq. 13
         if not supervised:
             valid = batch["valid"]
-            inside, threshold = torch.cat([known, valid]), config.threshold
+            inside, threshold = torch.cat([known, valid]), config.threshold  # of turned slices
             masks_weak, used = pseudo_labels(logits_weak, inside, threshold, released)
             masks_strong, _ = pseudo_labels(logits_strong, inside, threshold, released)
             pseudo_label, used = masks_weak[size:], used[size:]
-            of_weak = logits_weak[size:], pseudo_label, used, valid  # what strong slices learn
+            of_weak = logits_weak[size:], pseudo_label, used, valid  # for `fixmatch_loss`
             loss_unsup = fixmatch_loss(logits_strong[size:], *of_weak, released)
             weight = config.consistency * ramp(step - 1, config.rampup)
             loss = loss + weight * loss_unsup
@@ -494,7 +494,7 @@ def train(config: Config) -> None:
             tau = torch.cat([tau_l, tau_u])
             with amp:
                 logits, latent_loss = rectifier_network(coarse, fine, slices, tau)
-            loss_decoded = mask_loss(logits[:size], label, known, known)
+            loss_decoded = mask_loss(logits[:size], label, known, known)  # L_Semi^Lat, with _u
             loss_latent_l = latent_loss[:size].mean()
             loss_diff = loss_decoded + loss_latent_l  # Diff Loss of Eq. 13, lambda_2 = 1
             terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
