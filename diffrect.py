@@ -8,26 +8,23 @@ latent from noise by diffusion, on condition of the coarser one's. So it turns w
 into better ones, which the U-Net learns from. Only the U-Net is used afterwards.
 
     Eq. 1, 7      forward diffusion                      cosine_alpha_bar, add_noise
-    Eq. 3, 12     reverse diffusion                      ddim_step, Rectifier.rectify
+    Eq. 3, 12     reverse diffusion                      reverse_step, Rectifier.rectify
     Eq. 4         classes as colours far apart (SCS)     semantic_colors, color_masks
     Eq. 5         embedding of a coloured mask           Rectifier.embed
     Eq. 6         calibration guidance tau (CG)          dice_coefficient, calibration_guidance
     Eq. 8, 10     the denoiser                           Denoiser
     Eq. 9, 11     S2W and W2G, losses of latents         Rectifier.forward
-    Eq. 13, 14    the two networks' losses               mask_loss, train
+    Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
 
-Run
-    python diffrect.py                                                       embedded phantom
-    python -m common.prepare acdc --source ACDC/training --root data/acdc    once
-    python diffrect.py --dataset acdc --labeled 7                            one GPU
+    python diffrect.py                                     embedded phantom
+    python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
     torchrun --nproc_per_node=3 diffrect.py --dataset acdc --labeled 7
-Table 4: --model fixmatch or lcc, --no-colors, --guidance none, --no-s2w, --no-w2g; 5: --guidance.
-Results, figures and all differences from the paper and the released code: .docs/diffrect.md
+Data, results, tables and all differences from the paper and the released code: .docs/diffrect.md
 """
 
 import math
 from dataclasses import asdict, dataclass
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import torch
@@ -45,12 +42,8 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSigna
                             run_main, say, with_defaults, world_size)
 
 MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
-GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none")
+GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none", "released")
 TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
-DROPOUT = (0.05, 0.1, 0.2, 0.3, 0.5)  # of an encoder's levels
-# --consistency, --rectify-weight; --rampup and --warmup as shares of the training
-PUBLISHED = (0.1, 1.0, 1.0, 1 / 30)
-EMBEDDED = (1.0, 0.3, 0.3, 0.3)
 
 
 @dataclass
@@ -58,24 +51,19 @@ class Config(VolumeOptions, RunOptions):
     """What touches learning; None: as `complete` has it."""
 
     model: str = option("diffrect", "supervised, or a row of Table 4", choices=MODELS)
+    rules: str = option("paper", "of pseudo labels and their loss, tau, lambda_1, reverse steps",
+                        choices=("paper", "released"))
     strong_labeled: bool = option(False, "with --model supervised: the strong view of slices")
     s2w: bool = option(True, "strong-to-weak transport on unlabeled slices, Eq. 9")
     w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
     colors: bool = option(True, "semantic colours (SCS); off: grey levels")
-    guidance: str = option("dice", "tau (CG), Table 5", choices=GUIDANCE)
-    decoder: str = option("unet", "of latents: unet (released code), upsample (Section 2.3)",
-                          choices=("unet", "upsample"))
+    guidance: str | None = option(None, "tau (CG), Table 5 (dice; released)", choices=GUIDANCE)
     threshold: float = option(0.8, "least confidence of a pseudo label", low=0, below=1)
-    pseudo_dice: bool = option(False, "Dice on pseudo labels too, as in the released code")
     consistency: float | None = option(None, "weight of pseudo labels, once it has risen", low=0)
     rampup: int | None = option(None, "iterations in which it rises", low=0)
     warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
     rectify_weight: float | None = option(None, "weight of rectified labels, Eq. 13", low=0)
-    lambda_u: float = option(1.0, "lambda_1 of Eq. 13, of latents of unlabeled slices", low=0)
-    lambda_l: float = option(1.0, "lambda_2 of Eq. 13, of latents of labeled slices", low=0)
-    diffusion_steps: int = option(10, "T of Eq. 1", low=1)
-    sampling_steps: int = option(2, "reverse steps that rectify a label", low=1)
-    eta: float = option(0.0, "noise of a reverse step: 0 DDIM, 1 DDPM (Eq. 12)", low=0, high=1)
+    batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
     channels: int | None = option(None, "of the first level of both networks", low=1)
     crop: int | None = option(None, "slices are resized to crop x crop, a multiple of 64", low=1)
     batch_size: int | None = option(None, "labeled slices a step, all GPUs; as many others", low=1)
@@ -88,24 +76,21 @@ class Config(VolumeOptions, RunOptions):
 def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
     """Without None. Raises UserError for options that do not go together."""
     info = data.info
-    consistency, rectify_weight, rampup, warmup = EMBEDDED if info.embedded else PUBLISHED
     config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
     steps, scale = config.iterations, config.batch_size / info.batch_size
     config = with_defaults(
-        config, consistency=consistency, rectify_weight=rectify_weight,
-        rampup=round(rampup * steps), warmup=round(warmup * steps), lr=info.lr * scale,
-        crop=info.crop, channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
+        config, guidance="dice" if config.rules == "paper" else "released",
+        consistency=info.consistency, rectify_weight=info.rectify_weight, lr=info.lr * scale,
+        rampup=round(info.rampup * steps), warmup=round(info.warmup * steps), crop=info.crop,
+        channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
         lists=data.digest,
         output=f"runs/diffrect_{data.tag}_{config.seed}")
     require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
-    require(config.sampling_steps <= config.diffusion_steps,
-            f"--sampling-steps: 1 to --diffusion-steps {config.diffusion_steps}")
     require(config.model == "supervised" or not config.strong_labeled,
             "--strong-labeled needs --model supervised")
     require(config.s2w and config.w2g or config.model == "diffrect" and config.s2w != config.w2g,
             "--no-s2w and --no-w2g: one of them, for --model diffrect; without both: --model lcc")
-    split = config.eval_split
-    require(len(getattr(data, split)) > 0, f"{info.name} has no {split} list")
+    require(len(getattr(data, config.eval_split)) > 0, f"there is no {config.eval_split} list")
     require(not config.checkpoint_activations, "--checkpoint-activations is not for diffrect.py")
     return config
 
@@ -114,15 +99,10 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
 
 
 def semantic_colors(num_classes: int) -> Tensor:
-    """M_C of Eq. 4: for up to 8 classes corners of the RGB cube, uint8 [C, 3]; background is black.
-
-    As far apart as can be: their smallest distance is the largest, then the second smallest, ...
-    """
-    if not 1 <= num_classes <= 8:
-        raise ValueError(f"there are colours for 1 to 8 classes, not {num_classes}")
+    """M_C of Eq. 4, uint8 [C, 3]: black and the corners of the RGB cube farthest apart; C <= 8."""
     black, *corners = product((0, 255), repeat=3)
     choices = [(black, *others) for others in combinations(corners, num_classes - 1)]
-    best = max(choices, key=lambda choice: sorted(
+    best = max(choices, key=lambda choice: sorted(  # first by the smallest distance
         math.dist(*pair) for pair in combinations(choice, 2)))
     return torch.tensor(best, dtype=torch.uint8)
 
@@ -133,12 +113,13 @@ def color_masks(labels: Tensor, colors: Tensor) -> Tensor:
     return (colors.float() / 255).to(labels.device)[labels].permute(0, 3, 1, 2)
 
 
-def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = False) -> Tensor:
+def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = False,
+                     background: bool = False) -> Tensor:
     """Eq. 6: Dice (or Jaccard) of label maps [B, H, W], [B] in [0, 1]; 255 in either is left out.
 
-    A mean over the classes but 0 that occur in either map; 1 if none does.
+    A mean over the classes (0 only with `background`) that occur in either map; 1 if none does.
     """
-    classes = torch.arange(1, num_classes, device=a.device)[:, None, None]
+    classes = torch.arange(1 - background, num_classes, device=a.device)[:, None, None]
     known = ((a != IGNORE) & (b != IGNORE))[:, None]
     a, b = (a[:, None] == classes) & known, (b[:, None] == classes) & known
     both, total = (a & b).sum(dim=(2, 3)), a.sum(dim=(2, 3)) + b.sum(dim=(2, 3))  # [B, C - 1]
@@ -148,14 +129,17 @@ def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = Fal
 
 
 def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: int) -> Tensor:
-    """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2]."""
-    # One a slice; the released code has one for the batch, 1 - Dice with background.
-    if kind == "random":
-        return torch.rand(len(coarse), device=coarse.device)
+    """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2].
+
+    released: 1 - Dice, with background, of the batch as one map.
+    """
     dice = dice_coefficient(coarse, fine, num_classes)
     jaccard = dice_coefficient(coarse, fine, num_classes, jaccard=True)
+    maps = (labels.flatten(0, 1)[None] for labels in (coarse, fine))
+    of_batch = dice_coefficient(*maps, num_classes, background=True)
     return {"dice": dice, "jaccard": jaccard, "both": dice + jaccard,
-            "fixed": torch.full_like(dice, 0.5), "none": torch.zeros_like(dice)}[kind]
+            "fixed": torch.full_like(dice, 0.5), "random": torch.rand_like(dice),
+            "none": torch.zeros_like(dice), "released": (1 - of_batch).expand_as(dice)}[kind]
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
@@ -171,17 +155,14 @@ def add_noise(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
     return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
 
 
-def ddim_step(z_t, z0, alpha_bar, alpha_bar_next, eta: float = 0.0, noise=None) -> Tensor:
-    """From z_t to an earlier step, given the predicted clean z0 (Song et al. 2021, Eq. 12, 16).
-
-    With eta = 1, which needs `noise`, and neighbouring steps it is DDPM's, Eq. 3 and 12.
-    """
-    noise_in_z = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
-    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-    sigma = eta * variance.sqrt()
-    kept = (1 - alpha_bar_next - sigma.square()).clamp(min=0).sqrt()
-    z = alpha_bar_next.sqrt() * z0 + kept * noise_in_z
-    return z + sigma * noise if eta else z
+def reverse_step(z_t, z0, alpha_bar, alpha_bar_next, noise=None) -> Tensor:
+    """Eq. 3, 12, given the predicted z0; without noise (their eta) it is DDIM's, as released."""
+    epsilon = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
+    if noise is None:
+        return add_noise(z0, alpha_bar_next, epsilon)
+    alpha = alpha_bar / alpha_bar_next
+    mean = (z_t - (1 - alpha) / (1 - alpha_bar).sqrt() * epsilon) / alpha.sqrt()
+    return mean + ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha)).sqrt() * noise
 
 
 def ramp(iteration: int, length: int) -> float:
@@ -227,13 +208,12 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, inputs, S, S] -> features of five levels: c to 16 c channels, strides 1 to 16; to each
-    level's those of `added`, if there, are added."""
+    """[B, inputs, S, S] -> features of five levels, strides 1 to 16; `added` ones are added."""
 
     def __init__(self, inputs: int, channels: int, guided: int = 0):
         super().__init__()
         widths = [inputs, *(channels * 2**level for level in range(5))]
-        sizes = zip(widths, widths[1:], DROPOUT)
+        sizes = zip(widths, widths[1:], (0.05, 0.1, 0.2, 0.3, 0.5))  # the last: dropout
         self.blocks = nn.ModuleList(Block(*size, guided) for size in sizes)
 
     def forward(self, x: Tensor, embedding=None, added=None) -> list[Tensor]:
@@ -268,24 +248,20 @@ class UNet(nn.Sequential):
         super().__init__(Encoder(1, channels), Decoder(channels, num_classes))
 
 
-class Sinusoidal(nn.Module):
+class Sinusoidal(nn.Sequential):
     """Numbers [B] -> [B, outputs]: sines and cosines (Ho et al. 2020), then two layers."""
 
-    def __init__(self, frequencies: int, outputs: int):
-        super().__init__()
-        rates = torch.exp(-math.log(10_000) * torch.arange(frequencies) / (frequencies - 1))
-        self.register_buffer("rates", rates, persistent=False)
-        first, second = nn.Linear(2 * frequencies, outputs), nn.Linear(outputs, outputs)
-        self.layers = nn.Sequential(first, nn.SiLU(), second)
+    def __init__(self, count: int, outputs: int):
+        super().__init__(nn.Linear(2 * count, outputs), nn.SiLU(), nn.Linear(outputs, outputs))
 
     def forward(self, values: Tensor) -> Tensor:
-        angles = values.float()[:, None] * self.rates
-        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))
+        numbers = torch.arange(self[0].in_features // 2, device=values.device)
+        angles = values.float()[:, None] / 10_000 ** (numbers / (len(numbers) - 1))
+        return super().forward(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
 class Denoiser(nn.Module):
-    """Eq. 8, 10: z_t and condition [B, 16 c, S/16, S/16], step [B] -> the clean latent, as in Eq. 9
-    and 11 (in Eq. 3 and 12 the paper has it predict the noise)."""
+    """Eq. 8, 10: z_t, condition [B, 16 c, S/16, S/16], step [B] -> r of Eq. 9, 11: the clean z."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -308,37 +284,29 @@ class Rectifier(nn.Module):
     """
 
     def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = 10,
-                 decoder: str = "unet"):
+                 batch_statistics: bool = True):
         super().__init__()
-        guided = 32 * channels
+        self.batch_statistics, guided = batch_statistics, 32 * channels
         self.guidance = Sinusoidal(4 * channels, guided)
         self.slice_encoder = Encoder(1, channels, guided)
         self.mask_encoder = Encoder(4, channels, guided)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
-        self.decoder = (Decoder(channels, len(colors), guided) if decoder == "unet" else
-                        nn.Conv2d(16 * channels, len(colors), 1))
-        alpha_bar = cosine_alpha_bar(max(diffusion_steps, 1)).float()
-        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
-        self.register_buffer("colors", colors, persistent=False)
+        self.decoder = Decoder(channels, len(colors), guided)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(max(diffusion_steps, 1)).float(), False)
+        self.register_buffer("colors", colors, False)
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
-        """B_sem of Eq. 5: features of five levels, to which those of the slices are added."""
+        """B_sem of Eq. 5: features of five levels, the slices' own (Section 3.1) added to each."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, of_slices)
 
-    def decode(self, features: list[Tensor], latent: Tensor, guidance: Tensor) -> Tensor:
-        if isinstance(self.decoder, Decoder):
-            return self.decoder([*features[:-1], latent], guidance)
-        return F.interpolate(self.decoder(latent), features[0].shape[2:], mode="bilinear")
-
     def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
-        """Label maps -> logits [B, C, S, S] of the recovered fine one, and the latent loss of each
-        pair, [B] (Eq. 9, 11)."""
+        """Label maps -> logits [B, C, S, S] of fine recovered; latent losses [B] (Eq. 9, 11)."""
         guidance = self.guidance(TAU_SCALE * tau)
         of_slices = self.slice_encoder(slices, guidance)
         features = self.embed(coarse, slices, guidance, of_slices)
         if self.denoiser is None:
-            return self.decode(features, features[-1], guidance), torch.zeros_like(tau)
+            return self.decoder(features, guidance), torch.zeros_like(tau)
         with torch.no_grad():  # a target that learned too would shrink, to be recovered easily
             clean = self.embed(fine, slices, guidance, of_slices)[-1]
         step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)
@@ -346,28 +314,33 @@ class Rectifier(nn.Module):
         noisy = add_noise(clean, alpha_bar, torch.randn_like(clean))
         recovered = self.denoiser(noisy, features[-1], step)
         latent_loss = (recovered.float() - clean.float()).square().mean(dim=(1, 2, 3))
-        return self.decode(features, recovered, guidance), latent_loss
+        return self.decoder([*features[:-1], recovered], guidance), latent_loss
 
     @torch.no_grad()
-    def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, sampling_steps: int = 2,
-                eta: float = 0.0) -> Tensor:
-        """Label maps -> better ones, int64, recovered from pure noise (Eq. 12)."""
+    def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, released=False) -> Tensor:
+        """Label maps -> logits [B, C, S, S] of better ones, recovered from pure noise (Eq. 12).
+
+        released: in steps T and 1 only, without noise; clean latents are clamped.
+        """
         training = self.training
-        self.eval()  # unlike the released code
+        self.train(training and self.batch_statistics)  # for batch norms; dropout is off
+        for part in self.modules():
+            part.training &= not isinstance(part, nn.Dropout)
         guidance = self.guidance(TAU_SCALE * tau)
         features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
-        latent = features[-1]
         if self.denoiser is not None:
-            latent = torch.randn_like(latent, dtype=torch.float32)
-            times = torch.linspace(len(self.alpha_bar) - 1, 0, sampling_steps + 1)
-            steps = times.round().long().tolist()  # 10, 5, 0
-            for step, following in zip(steps, steps[1:]):
-                clean = self.denoiser(latent, features[-1], torch.full_like(tau, step))
-                latent = ddim_step(latent, clean, self.alpha_bar[step], self.alpha_bar[following],
-                                   eta, torch.randn_like(latent) if eta else None)
-        logits = self.decode(features, latent, guidance)
+            condition, alpha_bar = features.pop(), self.alpha_bar
+            latent = torch.randn_like(condition, dtype=torch.float32)  # r_l of step T
+            steps = range(len(alpha_bar) - 1, -1, -1)
+            for step, following in pairwise((steps[0], 1, 0) if released else steps):
+                clean = self.denoiser(latent, condition, torch.full_like(tau, step)).float()
+                clean = clean.clamp(-1, 1) if released else clean
+                noise = None if released else torch.randn_like(latent)
+                latent = reverse_step(latent, clean, alpha_bar[step], alpha_bar[following], noise)
+            features.append(latent)
+        logits = self.decoder(features, guidance)
         self.train(training)
-        return logits.argmax(dim=1)
+        return logits
 
 
 # ---------------------------------------------------------------- training
@@ -386,18 +359,18 @@ def strong_view(slices: Tensor, info: VolumeInfo) -> Tensor:
     return torch.where(chosen[3].view(-1, 1, 1, 1), augment.gaussian_blur(slices, sigma), slices)
 
 
-def make_views(batch: dict[str, Tensor], info: VolumeInfo, strong_labeled: bool,
-               w2g: bool) -> tuple[Tensor, Tensor | None]:
-    """Slices, uint8 -> weak and strong views, float [N, 1, S, S] in [0, 1].
+def pseudo_labels(logits: Tensor, inside: Tensor, threshold: float, released=False) -> tuple:
+    """FixMatch's: classes, int64, and the pixels confident enough to be learned from, bool.
 
-    weak: labeled, then unlabeled slices. strong: the unlabeled ones, without w2g all of them.
+    released: all are learned, as background where (p_max - p_min) / p_max is not above threshold.
+    Outside of a turned slice is background, not learned. All are [B, H, W] but the logits.
     """
-    labeled = to_float(batch["labeled"])
-    if "unlabeled" not in batch:  # for --model supervised
-        return strong_view(labeled, info) if strong_labeled else labeled, None
-    parts = [labeled, to_float(batch["unlabeled"])]
-    strong = [strong_view(part, info) for part in (parts[1:] if w2g else parts)]
-    return torch.cat(parts), torch.cat(strong)
+    probs = logits.detach().float().softmax(dim=1)
+    confidence, label = probs.max(dim=1)
+    if released:
+        passes = (confidence - probs.amin(dim=1)) / confidence > threshold
+        return label * (passes & inside), inside
+    return label * inside, (confidence >= threshold) & inside
 
 
 def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=True) -> Tensor:
@@ -411,13 +384,28 @@ def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=T
     if not dice:
         return loss
     probs = logits.float().softmax(dim=1) * used[:, None]
-    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).permute(0, 3, 1, 2)
-    truth = truth * used[:, None]  # [B, C, H, W]
+    truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).movedim(3, 1) * used[:, None]
     sums = torch.stack([probs * truth, probs.square() + truth]).sum(dim=(1, 3, 4))  # [2, C]
     # Each rank then has the same loss; its gradient is multiplied, as DDP takes the mean of ranks.
     total = all_reduce_sum(sums.detach().clone())
     both, squares = sums * world_size() + (total - sums.detach() * world_size())
     return loss + (1 - (2 * both + 1e-5) / (squares + 1e-5)).mean()
+
+
+def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
+    """L_Semi of Eq. 13 on unlabeled slices, as in FixMatch: CE of `used` pixels.
+
+    strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: Dice too, and the
+    complementary loss of SSL4MIS: weak's least likely class is to be unlikely in strong.
+    """
+    loss = mask_loss(strong, label, used, valid, dice=released)
+    if not released:
+        return loss
+    probs = strong.float().softmax(dim=1)
+    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # its entropy: how spread a class
+    entropy = -(share * share.clamp(min=1e-7).log()).sum(dim=2) / math.log(share.shape[2])
+    complementary = mask_loss(1 - probs, weak.detach().argmin(dim=1), valid, valid, dice=False)
+    return loss + (1 - entropy.mean()).square() * complementary
 
 
 def distribute(model: nn.Module, device: torch.device, compile: bool):
@@ -435,6 +423,7 @@ def train(config: Config) -> None:
     config = complete(config, data, device)
     info, classes = data.info, data.info.num_classes
     supervised, rectifies = config.model == "supervised", config.model in ("lcc", "diffrect")
+    released, streams = config.rules == "released", ["labeled", "unlabeled"][: 2 - supervised]
 
     torch.manual_seed(config.seed)
     model = UNet(classes, config.channels)
@@ -443,8 +432,8 @@ def train(config: Config) -> None:
     if rectifies:
         grey = torch.linspace(0, 255, classes).round().byte()[:, None].repeat(1, 3)
         colors = semantic_colors(classes) if config.colors else grey
-        steps = config.diffusion_steps if config.model == "diffrect" else 0
-        rectifier = Rectifier(colors, config.channels, steps, config.decoder)
+        steps = 10 if config.model == "diffrect" else 0
+        rectifier = Rectifier(colors, config.channels, steps, config.batch_statistics)
         rectifier_network = distribute(rectifier, device, config.compile)
         parameters += rectifier.parameters()
         state["rectifier"] = rectifier
@@ -457,7 +446,7 @@ def train(config: Config) -> None:
     checkpoint = Checkpoint(folder, "diffrect", asdict(config), state)
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
-              config.batch_size * (1 if supervised else 2), config.tensorboard, metric="dice")
+              config.batch_size * len(streams), config.tensorboard, metric="dice")
     stop = StopSignal()
     loader = slice_loader(data, config.crop, config.batch_size, config.seed, start,
                           config.iterations, device, not supervised, config.num_workers)
@@ -475,75 +464,67 @@ def train(config: Config) -> None:
         evaluate_now(start)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        weak, strong = make_views(batch, info, config.strong_labeled, config.w2g)
+        weak = to_float(torch.cat([batch[name] for name in streams]))  # labeled, then unlabeled
+        strong = strong_view(weak, info)
         label = batch["label"].long()
         known, size = label != IGNORE, len(label)
         with amp:
-            logits_weak = network(weak)
+            logits_weak = network(strong if config.strong_labeled else weak)
             logits_strong = None if supervised else network(strong)
         loss_sup = mask_loss(logits_weak[:size], label, known, known)
-        loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Eq. 13
+        loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Seg Loss of Eq. 13
         if not supervised:
             valid = batch["valid"]
-            inside = torch.cat([known, valid])  # outside of turned slices is background
-            masks_weak = logits_weak.detach().argmax(dim=1) * inside
-            masks_strong = logits_strong.detach().argmax(dim=1) * inside[-len(strong) :]
-            pseudo_label = masks_weak[size:]
-            confidence = logits_weak[size:].detach().float().softmax(dim=1).amax(dim=1)
-            used = (confidence >= config.threshold) & valid
-            # No Dice, unlike the released code: it let small wrong regions grow on the phantom.
-            loss_unsup = mask_loss(logits_strong[-size:], pseudo_label, used, valid,
-                                   config.pseudo_dice)
+            inside, threshold = torch.cat([known, valid]), config.threshold  # of turned slices
+            masks_weak, used = pseudo_labels(logits_weak, inside, threshold, released)
+            masks_strong, _ = pseudo_labels(logits_strong, inside, threshold, released)
+            pseudo_label, used = masks_weak[size:], used[size:]
+            of_weak = logits_weak[size:], pseudo_label, used, valid  # for `fixmatch_loss`
+            loss_unsup = fixmatch_loss(logits_strong[size:], *of_weak, released)
             weight = config.consistency * ramp(step - 1, config.rampup)
             loss = loss + weight * loss_unsup
             terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
+            masks = {"pseudo_dice": pseudo_label}
         if rectifies:
-            # All confidences; in the released code, what is not confident is background here.
             coarse, fine, slices = masks_strong, masks_weak, strong  # Eq. 9: strong to weak
             if config.w2g:  # Eq. 11: weak to truth
-                coarse = torch.cat([masks_weak[:size], masks_strong])
-                fine = torch.cat([label, pseudo_label])
-                slices = torch.cat([weak[:size], strong])
+                coarse = torch.cat([masks_weak[:size], coarse[size:]])
+                fine = torch.cat([label, fine[size:]])
+                slices = torch.cat([weak[:size], slices[size:]])
             tau_u = calibration_guidance(config.guidance, coarse[size:], fine[size:], classes)
             tau_l = calibration_guidance(config.guidance, coarse[:size], fine[:size], classes)
-            count = 2 * size if config.s2w else size
+            tau = torch.cat([tau_l, tau_u])
             with amp:
-                logits, latent_loss = rectifier_network(
-                    coarse[:count], fine[:count], slices[:count], torch.cat([tau_l, tau_u])[:count])
-            loss_decoded = mask_loss(logits[:size], label, known, known)
+                logits, latent_loss = rectifier_network(coarse, fine, slices, tau)
+            loss_decoded = mask_loss(logits[:size], label, known, known)  # L_Semi^Lat, with _u
             loss_latent_l = latent_loss[:size].mean()
-            loss_rectifier = loss_decoded + config.lambda_l * loss_latent_l  # of Eq. 13
+            loss_diff = loss_decoded + loss_latent_l  # Diff Loss of Eq. 13, lambda_2 = 1
             terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
             if config.s2w:
-                loss_decoded_u = mask_loss(logits[size:], pseudo_label, used, valid,
-                                           config.pseudo_dice)
-                loss_latent_u = latent_loss[size:].mean()
-                loss_rectifier = loss_rectifier + weight * loss_decoded_u
-                loss_rectifier = loss_rectifier + config.lambda_u * loss_latent_u
+                loss_decoded_u = fixmatch_loss(logits[size:], *of_weak, released)
+                loss_latent_u, lambda_1 = latent_loss[size:].mean(), weight if released else 1
+                loss_diff = loss_diff + weight * loss_decoded_u + lambda_1 * loss_latent_u
                 terms |= {"loss_decoded_u": loss_decoded_u, "loss_latent_u": loss_latent_u}
-            loss_rectifier.backward()
+            loss_diff.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rectified, loss_rectified = pseudo_label, torch.zeros_like(loss)
+            terms |= {"loss_diff": loss_diff, "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
             if step > config.warmup:
-                with amp:
-                    rectified = rectifier.rectify(pseudo_label, weak[size:], tau_u,
-                                                  config.sampling_steps, config.eta)
+                tau = tau_l.repeat(2) if released else tau
+                with amp:  # labeled slices as well, for the batch statistics
+                    logits = rectifier.rectify(masks_weak, weak, tau, released)[size:]
+                rectified, _ = pseudo_labels(logits, valid, threshold, released)
                 loss_rectified = mask_loss(logits_weak[size:], rectified, valid, valid)  # Eq. 14
                 loss = loss + config.rectify_weight * loss_rectified
-            terms |= {"loss_rectifier": loss_rectifier, "loss_rectified": loss_rectified,
-                      "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
+                terms["loss_rectified"], masks["rectified_dice"] = loss_rectified, rectified
         # For all losses of the U-Net; the released code makes two steps, one for rectified labels.
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
 
-        if "truth" in batch:  # for the log only
-            terms["pseudo_dice"] = dice_coefficient(pseudo_label, batch["truth"], classes).mean()
-            if rectifies:
-                rectified_dice = dice_coefficient(rectified, batch["truth"], classes)
-                terms["rectified_dice"] = rectified_dice.mean()
+        for name, labels in masks.items() if "truth" in batch else ():  # for the log only
+            terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)
         due = step % (config.save_every or config.eval_every) == 0
@@ -559,25 +540,22 @@ def train(config: Config) -> None:
         say(f"test list: dice {results['dice']:.2f}")
         log.write_results(test=results)
 
-    def predict(slices: Tensor) -> list[Tensor]:
-        return [model(slices).argmax(dim=1)]
+    def label_maps(slices: Tensor) -> list[Tensor]:
+        maps = [model(slices).argmax(dim=1)]
+        if rectifies:
+            tau = calibration_guidance(config.guidance, *2 * maps, classes)  # there is one view
+            maps.append(rectifier.rectify(*maps, slices, tau, released).argmax(dim=1))
+        return maps
 
-    def rectify(slices: Tensor) -> list[Tensor]:
-        label = model(slices).argmax(dim=1)
-        tau = calibration_guidance(config.guidance, label, label, classes)  # there is one view
-        return [label, rectifier.rectify(label, slices, tau, config.sampling_steps, config.eta)]
-
-    model.eval()
-    captions = ("image", "label", "prediction", "rectified")
-    write_sample_grid(predict, captions[:3], data, config.crop, device, folder / "samples.png")
-    if rectifies:
-        write_sample_grid(rectify, captions, data, config.crop, device, folder / "rectified.png")
+    for network in checkpoint.models:
+        network.eval()  # running statistics: here one slice is a batch
+    captions = ["image", "label", "prediction", "rectified"][: 3 + rectifies]
+    write_sample_grid(label_maps, captions, data, config.crop, device, folder / "samples.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: slices -> logits."""
-    model = UNet(num_classes, config["channels"])
-    return load_strictly(model, state, "the checkpoint's weights")
+    return load_strictly(UNet(num_classes, config["channels"]), state, "the checkpoint's weights")
 
 
 if __name__ == "__main__":

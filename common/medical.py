@@ -41,6 +41,10 @@ class VolumeInfo:
     batch_size: int  # labeled slices a step, and as many unlabeled ones
     lr: float  # for that batch size
     iterations: int
+    consistency: float  # weight of pseudo labels, once it has risen
+    rampup: float  # share of the iterations in which it rises
+    rectify_weight: float  # of rectified labels
+    warmup: float  # share of the iterations before they are used
     adjust: tuple[float, float]  # strong view: factors of contrast, sharpness and brightness
     blur: tuple[float, float]  # strong view: sigma, pixels
     unlabeled_truth: bool  # labels of unlabeled slices may be read, for the log alone
@@ -55,12 +59,14 @@ class VolumeInfo:
 
 
 PHANTOM = VolumeInfo("phantom", CARDIAC_CLASSES, "3", embedded=True, crop=64, channels=8,
-                     batch_size=4, lr=0.02, iterations=1200, adjust=(0.6, 1.4), blur=(0.1, 1.0),
+                     batch_size=4, lr=0.02, iterations=1200, consistency=1.0, rampup=0.3,
+                     rectify_weight=0.3, warmup=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0),
                      unlabeled_truth=True)
 LARGE = replace(PHANTOM, name="phantom_large", crop=128, channels=16, iterations=10_000)
-# DiffRect's recipe; the strong view is that of its released code.
+# DiffRect's released recipe.
 ACDC = VolumeInfo("acdc", CARDIAC_CLASSES, "7", embedded=False, crop=256, channels=16,
-                  batch_size=3, lr=0.01, iterations=30_000, adjust=(1.0, 1.1), blur=(0.1, 1.0),
+                  batch_size=3, lr=0.01, iterations=30_000, consistency=0.1, rampup=1.0,
+                  rectify_weight=1.0, warmup=1 / 30, adjust=(1.0, 1.1), blur=(0.1, 1.0),
                   unlabeled_truth=False)
 MSCMRSEG = replace(ACDC, name="mscmrseg")
 PROSTATE = replace(ACDC, name="prostate", default_labeled="2",

@@ -540,6 +540,7 @@ class Log:
         if rank() == 0:
             keep_lines_until(self.folder / "metrics.jsonl", start)
         self.since, self.steps = time.monotonic(), 0  # for the speed
+        self.on_labels, self.lowest = [], math.inf  # loss_sup since the last line shown; its lowest
 
     def step(self, step: int, scalars: dict[str, Tensor]) -> dict[str, float] | None:
         """Note 0-d tensors; every `every` steps their means over steps and ranks.
@@ -568,9 +569,14 @@ class Log:
         images = round(speed * self.images_per_step, 2)
         self.append(step, {**line, "images_per_second": images})
         minutes, seconds = divmod(round((self.total - step) / speed), 60)
+        self.on_labels.append(line.get("loss_sup", math.nan))
         if step % (5 * self.every) == 0:
+            mean = sum(self.on_labels) / len(self.on_labels)
+            self.on_labels, self.lowest = [], min(self.lowest, mean)
+            running_away = mean > 3 * self.lowest  # wrong pseudo labels can do that
             say(f"{step}/{self.total}  loss {line['loss']:.4f}  {images:.1f} images/s  "
-                f"{minutes}:{seconds:02} left")
+                f"{minutes}:{seconds:02} left"
+                + running_away * f"  LOSS ON LABELS {mean:.2f}, WAS {self.lowest:.2f}")
 
     def append(self, step: int, line: dict) -> None:
         if rank() > 0:
