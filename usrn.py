@@ -65,8 +65,8 @@ class Config(DataOptions, RunOptions):
 
     model: str = option("USRN", "row of Table 3, or without F_sub", choices=tuple(MODELS))
     threshold: float = option(0.75, "gamma of Eq. 3", low=0, below=1)
-    gate: str = option("parents", "whose entropies Eq. 6 compares; subclasses: the released code",
-                       choices=("parents", "subclasses"))
+    gate: str = option("paper", "F_sub's entropy and class: of sums over parents (Eq. 6, 7), or of "
+                                "subclasses (released code)", choices=("paper", "released"))
     lambda_sub: float = option(1.0, "weight of F_sub's losses, Eq. 2 and 8", low=0)
     lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8", low=0)
     clustering: str = option("balanced", "k-means of stage 2", choices=("balanced", "plain"))
@@ -113,25 +113,26 @@ def entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(dim=1) / math.log(probs.shape[1])
 
 
-def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, compare: str) -> Tensor:
-    """Eq. 6: where F_sub may regularize F, as its entropy is the lower one; bool [B, ...].
+def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, rule: str) -> tuple:
+    """Eq. 6, 7: where F_sub may regularize F, as it is surer, bool [B, ...]; the class that it sees.
 
-    probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub; compare: "parents" or "subclasses".
+    probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub. "paper": entropy and class of M(p*), the
+    sums over parents; "released": entropy of p*, and the parent of the likeliest subclass.
     """
-    if compare == "parents":
-        sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])  # Eq. 7
-    return entropy(sub_probs) < entropy(probs)
+    seen = parent_of[sub_probs.argmax(dim=1)]
+    if rule == "paper":
+        sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])
+        seen = sub_probs.argmax(dim=1)
+    return entropy(sub_probs) < entropy(probs), seen
 
 
-def regularize(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, gate: Tensor) -> Tensor:
-    """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class that F_sub sees.
+def regularize(probs: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
+    """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class `seen` alone.
 
     With gamma >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in
     another class is below one half.
     """
-    # The likeliest subclass's parent: sums over parents would favour large classes again.
-    seen = parent_of[sub_probs.argmax(dim=1)].unsqueeze(1)
-    only = torch.zeros_like(probs).scatter(1, seen, probs.gather(1, seen))
+    only = torch.zeros_like(probs).scatter(1, seen.unsqueeze(1), probs.gather(1, seen.unsqueeze(1)))
     return torch.where(gate.unsqueeze(1), only, probs)
 
 
@@ -212,7 +213,7 @@ def at_cells(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | None,
-              threshold: float, compare: str, lambda_sub: float, lambda_u: float,
+              threshold: float, rule: str, lambda_sub: float, lambda_u: float,
               ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
     """One step through Eq. 2-8 with these `parts` of Table 3: (loss, terms for the log)."""
     size = len(views["labeled"])
@@ -239,10 +240,11 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
         probs = regularized = logits_weak.softmax(dim=1)
         own_label, confident = select(probs, threshold)
         if "USR" in parts:
-            sub_probs, gate = sub_logits_weak.softmax(dim=1), torch.ones_like(valid)
+            sub_probs = sub_logits_weak.softmax(dim=1)
+            seen, gate = parent_of[sub_probs.argmax(dim=1)], torch.ones_like(valid)
             if "EGM" in parts:
-                gate = entropy_gate(probs, sub_probs, parent_of, compare)
-            regularized = regularize(probs, sub_probs, parent_of, gate)  # Eq. 4, 6
+                gate, seen = entropy_gate(probs, sub_probs, parent_of, rule)
+            regularized = regularize(probs, seen, gate)  # Eq. 4, 6
         # Where the gate is closed: F's own pseudo label (the paper says no back-propagation).
         pseudo_label, used = select(regularized, threshold)
         used, vetoed = used & valid, confident & valid & ~used
@@ -259,7 +261,11 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
         terms["used_sub"] = sub_used.sum() / pixels
     if "truth" in views:  # for the log only
         truth = at_cells(views["truth"], logits_weak.shape[2:])
-        for name, label, chosen in (("used", pseudo_label, used), ("vetoed", own_label, vetoed)):
+        labels = [("f", own_label, valid), ("used", pseudo_label, used),
+                  ("vetoed", own_label, vetoed)]
+        if "USR" in parts:
+            labels.append(("f_sub", seen, valid))
+        for name, label, chosen in labels:
             known = chosen & (truth != IGNORE)
             right = known & (label == truth)
             terms[f"{name}_accuracy"] = right.sum() / known.sum().clamp(min=1)
@@ -268,49 +274,38 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
 
 # ---------------------------------------------------------------- balanced k-means
 
-BLOCK = 16384  # points of which float32 copies are made at once
+BLOCK = 16384  # points of which larger copies are made at once
 
 
 @torch.no_grad()
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=True) -> Tensor:
     """[N, D] on the CPU -> clusters int64 [N], whose sizes differ by at most one if `balanced`.
 
-    Lloyd's, on every 256th point or so until it settles, then on four times as many, up to all.
+    Lloyd's: 12 steps on every 256th point or so, two on four times as many, and so on up to all.
     """
     centroids = spread_centroids(features, num_clusters, torch.Generator().manual_seed(seed))
-    price = torch.zeros(num_clusters)
-    enough = max(2048, 128 * num_clusters)
+    price, enough = torch.zeros(num_clusters).double(), max(2048, 128 * num_clusters)
     strides = [stride for stride in (256, 64, 16, 4) if len(features) // stride >= enough] + [1]
-    for stride in strides:
-        points, before = features[::stride], math.inf
-        for _ in range(30 if stride == strides[0] else 2):
-            cost = squared_distances(points, centroids)
-            assignment = cost.argmin(dim=1)
-            if balanced:
-                assignment, price = balanced_assignment(cost, price)
-            now = cost.gather(1, assignment[:, None]).sum(dtype=torch.float64)
-            old, centroids = centroids, cluster_means(points, assignment, centroids)
-            sizes = torch.bincount(assignment, minlength=num_clusters)
-            now = now - (sizes * (centroids - old).square().sum(dim=1)).sum()  # to the new ones
-            del cost  # before there is another: it may be large
-            if before - now <= 1e-4 * now:
-                break
-            before = now
+    for stride in 10 * strides[:1] + [stride for stride in strides for _ in range(2)]:
+        points = features[::stride]
+        cost = squared_distances(points, centroids)
+        assignment = cost.argmin(dim=1)
+        if balanced:
+            assignment, price = balanced_assignment(cost, price)
+        centroids = cluster_means(points, assignment, centroids)
+        del cost  # before there is another: it may be large
     return assignment
 
 
 def spread_centroids(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii, 2007): points, drawn by squared distance to others."""
     some = torch.randperm(len(features), generator=generator)[: max(64 * num_clusters, 2048)]
-    sample = features[some].float()
-    drawn = torch.randint(len(sample), (1,), generator=generator)
-    centroids, distance = sample[drawn], torch.tensor(math.inf)
-    while len(centroids) < num_clusters:
-        distance = torch.minimum(distance, (sample - centroids[-1]).square().sum(dim=1))
-        weights = distance.double() + 1e-30  # all may be taken
-        drawn = torch.multinomial(weights, 1, generator=generator)
-        centroids = torch.cat([centroids, sample[drawn]])
-    return centroids
+    sample, drawn, distance = features[some].float(), [], torch.ones(len(some))
+    for _ in range(num_clusters):
+        drawn.append(torch.multinomial(distance + 1e-30, 1, generator=generator))
+        new = (sample - sample[drawn[-1]]).square().sum(dim=1)
+        distance = torch.minimum(distance, new) if len(drawn) > 1 else new
+    return sample[torch.cat(drawn)]
 
 
 def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
@@ -331,96 +326,74 @@ def cluster_means(points: Tensor, assignment: Tensor, centroids: Tensor) -> Tens
     return torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
 
 
-def preference(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-    """The cluster of least cost + price, int64 [N], and by how much it is the best, [N]."""
-    parts = [(rows + price).topk(min(2, len(price)), largest=False) for rows in cost.split(BLOCK)]
-    values, clusters = (torch.cat(blocks) for blocks in zip(*parts))
-    return clusters[:, 0], values[:, -1] - values[:, 0]
+def guess_prices(cost: Tensor, price: Tensor) -> Tensor:
+    """Sinkhorn's iteration: prices [K] at which soft assignments spread points [N, K] evenly."""
+    points, clusters = cost.shape
+    price, temperature = price.to(cost.dtype), cost.mean() / 50 + 1e-30
+    for _ in range(10):
+        softly = [(-(rows + price) / temperature).softmax(dim=1) for rows in cost.split(BLOCK)]
+        share = sum(block.sum(dim=0) for block in softly) * clusters / points
+        price = price + temperature * share.clamp(min=0.01).log()
+        temperature = 0.8 * temperature
+    return price.double()
 
 
 def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters int64 [N], N / K points each (rounded), at the least sum of cost [N, K]; prices [K].
 
-    Exact by duality: where all points are in the cluster of their least cost + price, no assignment
-    of such sizes costs less. Start from a guess of the prices; the least decided points move until
-    sizes are right, which gives new prices. If the other points disagree with these, go on.
+    Successive shortest paths (Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7), from
+    the clusters of least cost + price, float64, whose sizes are wrong. Nodes are clusters, an edge
+    a -> b is the point of a whose move to b costs least; a point moves along each edge of a path.
     """
     points, clusters = cost.shape
-    nearest, margin = preference(cost, price)
-    uneven = (torch.bincount(nearest, minlength=clusters) - points / clusters).abs().sum()
-    if points > 16 * clusters and uneven > (points * clusters) ** 0.5:
+    if points > 16 * clusters:
         price = balanced_assignment(cost[::4], price)[1]  # a better guess
-        nearest, margin = preference(cost, price)
-    agreed, count = False, 0
-    while not agreed:
-        vacant = np.zeros(clusters, bool)  # where a place stays empty, if K does not divide N
-        vacant[price.argsort()[: -points % clusters].numpy()] = True
-        sizes = torch.bincount(nearest, minlength=clusters).numpy()
-        excess = sizes + vacant - -(-points // clusters)
-        count = 2 * count or 8 * int(np.abs(excess).sum()) + 16 * clusters
-        free = margin.topk(min(count, points), largest=False).indices
-        moved, price, even = move_points(
-            cost[free].numpy(), nearest[free].numpy(), price.double().numpy(), excess, vacant)
-        assignment = nearest.index_put((free,), torch.from_numpy(moved))
-        price = torch.from_numpy(price).to(cost.dtype)
-        nearest, margin = preference(cost, price)
-        agreed = even and bool((nearest == assignment).index_fill(0, free, True).all())
-    return assignment, price
+    price = guess_prices(cost, price)
+    cluster = torch.cat([(rows + price).argmin(dim=1) for rows in cost.split(BLOCK)]).numpy()
+    cost = cost.numpy()
+    members = [np.flatnonzero(cluster == node) for node in range(clusters)]
+    edge, mover = np.empty((clusters, clusters)), np.zeros((clusters, clusters), int)
 
+    def find_movers(a: int, to: np.ndarray) -> None:
+        edge[a, to] = np.inf
+        if len(members[a]):
+            extra = cost[members[a][:, None], to].astype(float) - cost[members[a], a, None]
+            edge[a, to], mover[a, to] = extra.min(axis=0), members[a][extra.argmin(axis=0)]
 
-def move_points(cost: np.ndarray, cluster: np.ndarray, price: np.ndarray, excess: np.ndarray,
-                vacant: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Successive shortest paths (Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7).
-
-    Nodes are clusters; an edge a -> b is the point of a whose move to b costs least, or the vacant
-    place of a, which moves at no cost: a cluster has one at most. cost [n, K] and cluster [n] are
-    of the points that may move, excess [K] of all. Returns the new clusters, prices [K] at which
-    they are preferred, and whether no excess is left.
-    """
-    clusters = len(price)
-    cluster, excess, vacant = cluster.copy(), excess.copy(), vacant.copy()
-    edge, mover = np.full((clusters, clusters), np.inf), np.zeros((clusters, clusters), int)
-    touched = set(range(clusters))
-    while touched:
-        for node in touched:
-            members = np.flatnonzero(cluster == node)
-            edge[node] = np.inf
-            if len(members):
-                extra = cost[members] - cost[members, node, None]
-                edge[node], mover[node] = extra.min(axis=0), members[extra.argmin(axis=0)]
-        length = np.where(vacant[:, None] & ~vacant, np.minimum(edge, 0), edge)
-        reduced = np.maximum(length + price - price[:, None], 0)  # less by rounding only
-        distance, before = shortest_paths(reduced, np.where(excess > 0, 0.0, np.inf))
-        reached = np.isfinite(distance)
-        price = price - np.minimum(distance, distance[reached].max(initial=0))
-        touched = set()
-        for target in np.flatnonzero((excess < 0) & reached):
-            path = [target]
-            while before[path[-1]] >= 0:
-                path.append(before[path[-1]])
-            if touched.isdisjoint(path):  # all is as it was when paths were searched
-                touched.update(path)
-                excess[path[-1]] -= 1
-                excess[target] += 1
-                for a, b in zip(path[1:], path):
-                    if edge[a, b] <= length[a, b]:
-                        cluster[mover[a, b]] = b
-                    else:
-                        vacant[a], vacant[b] = False, True
-    return cluster, price, not excess.any()
-
-
-def shortest_paths(length: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bellman-Ford: edges [K, K] >= 0, distances at the start -> distances, predecessors or -1."""
-    distance, before, nodes = start, np.full(len(start), -1), np.arange(len(start))
+    for node in range(clusters):
+        find_movers(node, np.arange(clusters))
+    far = 2 * clusters * float(cost.max())  # longer than any path: sizes come first
+    least, most = points // clusters, -(-points // clusters)
     while True:
-        through = distance[:, None] + length
-        best = through.argmin(axis=0)
-        shorter = through[best, nodes] < distance
-        if not shorter.any():
-            return distance, before
-        distance = np.where(shorter, through[best, nodes], distance)
-        before = np.where(shorter, best, before)
+        sizes = np.array([len(rows) for rows in members])
+        leave = far * ((sizes <= least) * 1.0 - (sizes > most))
+        enter = far * ((sizes >= most) * 1.0 - (sizes < least))
+        distance, before = shortest_paths(edge, leave, 1e-12 * far)
+        if (distance + enter).min() > -1e-11 * far:
+            return torch.from_numpy(cluster), torch.from_numpy(distance.mean() - distance)
+        b = (distance + enter).argmin()
+        while before[b] >= 0:
+            a, b = before[b], b
+            point = mover[a, b]
+            cluster[point] = b
+            members[a] = members[a][members[a] != point]
+            members[b] = np.append(members[b], point)
+            find_movers(a, np.flatnonzero(mover[a] == point))
+            extra = cost[point].astype(float) - cost[point, b]
+            mover[b] = np.where(extra < edge[b], point, mover[b])
+            edge[b] = np.minimum(extra, edge[b])
+            b = a
+
+
+def shortest_paths(edge: np.ndarray, start: np.ndarray, tolerance: float) -> tuple:
+    """Bellman-Ford: edges [K, K], distances at the start -> distances, predecessors or -1."""
+    distance, before, shorter = start.copy(), np.full(len(start), -1), True
+    while np.any(shorter):
+        through = distance[:, None] + edge
+        shorter = through.min(axis=0) < distance - tolerance
+        before[shorter] = through[:, shorter].argmin(axis=0)
+        distance[shorter] = through[before[shorter], shorter]
+    return distance, before
 
 
 # ---------------------------------------------------------------- stage 2: subclasses
