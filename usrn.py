@@ -68,7 +68,7 @@ class Config(DataOptions, RunOptions):
     architecture: str = option("deeplabv3plus", "of both", choices=tuple(ARCHITECTURES))
     network: str = option("plain", "released: dropout, last stage of a ResNet dilated by 2, 4, 8",
                           choices=("plain", "released"))
-    max_subclasses: int | None = option(None, "(255; embedded: images)", low=2, high=255)
+    max_subclasses: int | None = option(None, "in all (255; embedded: images)", low=2, high=255)
     supervised_iterations: int | None = option(None, "stage 1 (a quarter of --iterations)", low=1)
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
