@@ -266,19 +266,17 @@ BLOCK = 16384  # points of which larger copies are made at once
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=True) -> Tensor:
     """[N, D] on the CPU -> clusters int64 [N], whose sizes differ by at most one if `balanced`.
 
-    Lloyd's: 12 steps on every 256th point or so, two on four times as many, and so on up to all.
+    Lloyd's: 12 steps on a part of the points, as many as centroids need, and two on all.
     """
     centroids = spread_centroids(features, num_clusters, torch.Generator().manual_seed(seed))
     price, enough = torch.zeros(num_clusters), max(2048, 128 * num_clusters)
-    strides = [stride for stride in (256, 64, 16, 4) if len(features) // stride >= enough] + [1]
-    for stride in strides:
-        points = features[::stride]
-        for _ in range(12 if stride == strides[0] else 2):
-            cost = squared_distances(points, centroids)
-            assignment = cost.argmin(dim=1)
-            if balanced:
-                assignment, price = balanced_assignment(cost, price)
-            centroids = cluster_means(points, assignment, centroids)
+    part = features[:: max(1, len(features) // enough)]
+    for points in 12 * [part] + 2 * [features]:
+        cost = squared_distances(points, centroids)
+        assignment = cost.argmin(dim=1)
+        if balanced:
+            assignment, price = balanced_assignment(cost, price)
+        centroids = cluster_means(points, assignment, centroids)
     return assignment
 
 
