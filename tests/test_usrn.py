@@ -170,7 +170,7 @@ def test_class_balance_rate_is_eq_9():
     for classes in (2, 3, 21, 177) * 5:
         counts = (10 ** rng.uniform(1, 7, classes)).astype(np.int64)
         rate = usrn.class_balance_rate(torch.from_numpy(counts))
-        assert 0 < rate < 1 and rate == pytest.approx(rate_as_printed(counts), abs=1e-9)
+        assert 0 < rate < 1 and rate == pytest.approx(rate_as_printed(counts), rel=1e-9)
     assert usrn.class_balance_rate(torch.full((5,), 12345)) == 1
     assert usrn.class_balance_rate(torch.tensor([0, 987654321, 0])) == pytest.approx(0, abs=1e-12)
     assert math.isnan(usrn.class_balance_rate(torch.tensor([7])))
@@ -193,7 +193,7 @@ def test_parents_have_the_sum_of_their_subclasses():
     parents = usrn.subclasses_to_parents(probs, PARENTS, 6)
     member = (PARENTS == torch.arange(6)[:, None]).double()
     expected = torch.einsum("ck,bkhw->bchw", member, probs.double())
-    torch.testing.assert_close(parents.double(), expected, rtol=1e-6, atol=1e-7)
+    assert_near(parents, expected, rel=1e-6)
 
 
 def test_pseudo_labels_are_used_strictly_above_the_threshold():
@@ -425,16 +425,15 @@ def test_f_and_f_sub_are_plain_networks(share, build):
         for model, answers in ((f, both(images, 2, 5)[:2]), (f_sub, both(images, 2, 5)[2:]),
                                (f, both(images, 2)[:2])):
             logits, cells, expected = *answers, model(images)
-            torch.testing.assert_close(logits, expected[:3], rtol=0, atol=1e-5)
+            assert_near(logits, expected[:3])
             if build is DeepLabV3Plus:  # a classifier of means = means of the classifier
                 z = model.classifier(model.features(images[3:]))
                 blocks = z.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-                torch.testing.assert_close(cells, blocks.mean(dim=(3, 5)), rtol=0, atol=1e-5)
+                assert_near(cells, blocks.mean(dim=(3, 5)))
             else:
-                cells = resize(cells, images.shape[2:])
-                torch.testing.assert_close(cells, expected[3:], rtol=0, atol=1e-5)
+                assert_near(resize(cells, images.shape[2:]), expected[3:])
         assert both(images, 2)[2:] == (None, None)
-        torch.testing.assert_close(both(images, 2, 3)[2], f_sub(images)[:3], rtol=0, atol=1e-5)
+        assert_near(both(images, 2, 3)[2], f_sub(images)[:3])
 
 
 def test_an_encoder_of_numbered_layers_shares_those_before_the_low_features():
@@ -516,7 +515,7 @@ def test_subclasses_divide_the_label_maps(tmp_path):
         clusters = usrn.balanced_kmeans(features[members], counts[parent], 0)
         own[members] = sum(counts[:parent]) + clusters
     assert made["sizes"] == own.bincount(minlength=256)[: len(parent_of)].tolist()
-    assert made["cbr_subclasses"] == pytest.approx(rate_as_printed(made["sizes"]), abs=1e-9)
+    assert made["cbr_subclasses"] == pytest.approx(rate_as_printed(made["sizes"]), rel=1e-9)
 
     centroids = [features[own == k].double().mean(dim=0) for k in range(sum(counts[:3]))]
     distance = torch.cdist(features.double(), torch.stack(centroids))
@@ -571,7 +570,7 @@ def test_three_stages_that_were_stopped_and_that_were_not(program, shapes, tmp_p
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         losses = [value for name, value in line.items() if name.startswith("loss_")]
-        assert len(losses) == 4 and line["loss"] == pytest.approx(sum(losses), abs=1e-5)
+        assert len(losses) == 4 and line["loss"] == pytest.approx(sum(losses), rel=1e-5)
     assert all(line["loss"] == line["loss_sup"] for line in lines_of(whole / "supervised"))
 
     for folder, stop_at in ((parts / "supervised", 1), (parts, 2)):
