@@ -335,7 +335,7 @@ def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
     cost, edge, mover = cost.numpy(), np.zeros((clusters, clusters)), np.zeros((clusters,) * 2, int)
 
     def find_movers(a: int, to: np.ndarray) -> None:
-        edge[a, to] = np.inf
+        edge[a, to] = np.inf  # an empty cluster has no point that could move
         if len(members[a]):
             extra = cost[members[a][:, None], to].astype(float) - cost[members[a], a, None]
             edge[a, to], mover[a, to] = extra.min(axis=0), members[a][extra.argmin(axis=0)]
@@ -358,7 +358,7 @@ def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
             cluster[point] = b
             members[a] = members[a][members[a] != point]
             members[b] = np.append(members[b], point)
-            find_movers(a, np.flatnonzero(mover[a] == point))
+            find_movers(a, np.flatnonzero(mover[a] == point))  # other edges of a stay as they are
             extra = cost[point].astype(float) - cost[point, b]
             mover[b] = np.where(extra < edge[b], point, mover[b])
             edge[b] = np.minimum(extra, edge[b])
@@ -494,7 +494,7 @@ def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor
 
 def build_network(config: dict, num_classes: int, weights: str) -> nn.Module:
     model = ARCHITECTURES[config["architecture"]](config["backbone"], num_classes, weights)
-    if config["network"] == "released":
+    if config.get("network") == "released":  # not in older checkpoints
         model.add_dropout_and_multi_grid()
     return model
 
