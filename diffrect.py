@@ -82,8 +82,7 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
         config, guidance="dice" if config.rules == "paper" else "released",
         consistency=info.consistency, rectify_weight=info.rectify_weight, lr=info.lr * scale,
         rampup=round(info.rampup * steps), warmup=round(info.warmup * steps), crop=info.crop,
-        channels=info.channels, eval_every=200, amp=bf16_is_fast(device),
-        lists=data.digest,
+        channels=info.channels, eval_every=200, amp=bf16_is_fast(device), lists=data.digest,
         output=f"runs/diffrect_{data.tag}_{config.seed}")
     require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
     require(config.model == "supervised" or not config.strong_labeled,

@@ -6,9 +6,8 @@ so are its pseudo labels. Cluster the labeled pixels of each class into subclass
 smallest class: F_sub, a second network, learns these and is not biased. On unlabeled images, where
 F_sub is surer, a pseudo label must be of the class that it sees. Only F is used afterwards.
 
-    stage 1       F is trained on labeled images             train, with model "baseline"
-    stage 2       balanced clusters of its features          make_subclasses, balanced_kmeans
-    stage 3       F and F_sub are trained from the start     train
+    stages 1, 3   F on labeled images; F and F_sub anew      train
+    stage 2       balanced clusters of F's features          make_subclasses, balanced_kmeans
     Eq. 2         losses on classes and on subclasses        supervised_loss, usrn_loss
     Eq. 3         S: pseudo labels above gamma               select
     Eq. 4, 6, 7   the class that F_sub sees; the gate        regularize, entropy_gate
@@ -17,19 +16,16 @@ F_sub is surer, a pseudo label must be of the class that it sees. Only F is used
 
 Run
     python usrn.py                                              embedded data
-    python usrn.py --dataset pascal --labeled usrn_331 --download         one GPU
     torchrun --nproc_per_node=8 usrn.py --dataset pascal --labeled usrn_331 --backbone resnet50
 Ablations: --model (Table 3), --clustering (4), --share (5), --threshold (6), --architecture (9).
-A run folder also holds supervised/ (stage 1, a run folder too) and subclasses/ (stage 2), which are
-used again where they are finished; a folder copied to another run's is too.
+A run folder holds supervised/ (stage 1) and subclasses/ (stage 2), used again where they are there.
 Results, figures and all differences from the paper and the released code: .docs/usrn.md
 """
 
 import json
 import math
 import shutil
-import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,16 +43,13 @@ from common.evaluate import evaluate, write_samples
 from common.figures import colorize, sample_grid, save_indexed_png, voc_palette
 from common.models import ARCHITECTURES, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, bf16_is_fast,
-                            init_distributed, main_first, make_ema, mean_over_ranks, option, parse,
-                            rank, reading, require, run_main, say, update_ema, with_defaults,
-                            world_size, write_json)
+                            init_distributed, mean_over_ranks, option, parse, rank, reading,
+                            require, run_main, say, with_defaults, world_size, write_json)
 
 PARTS = ("MSL", "OST", "USR", "SST", "EGM")  # Eq. 2 for F_sub, 3, 4, 5, 6
 MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
           "III": PARTS[:3], "IV": PARTS[:4], "USRN": PARTS}  # Table 3
 MOST_SUBCLASSES = 255  # 0 to 254: what a PNG with 255 = ignore can hold
-OF_STAGE_3 = ("threshold", "gate", "lambda_sub", "lambda_u", "clustering", "share", "pool",
-              "max_subclasses", "supervised_iterations")
 
 
 @dataclass
@@ -65,20 +58,18 @@ class Config(DataOptions, RunOptions):
 
     model: str = option("USRN", "row of Table 3, or without F_sub", choices=tuple(MODELS))
     threshold: float = option(0.75, "gamma of Eq. 3", low=0, below=1)
-    gate: str = option("parents", "whose entropies Eq. 6 compares; subclasses: the released code",
-                       choices=("parents", "subclasses"))
+    gate: str = option("paper", "F_sub's entropy and class: of sums over parents (Eq. 6, 7), or of "
+                                "subclasses (released code)", choices=("paper", "released"))
     lambda_sub: float = option(1.0, "weight of F_sub's losses, Eq. 2 and 8", low=0)
     lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8", low=0)
     clustering: str = option("balanced", "k-means of stage 2", choices=("balanced", "plain"))
     share: str = option("low", "of F and F_sub: nothing, the stem and stage 1, or the encoder",
                         choices=("none", "low", "all"))
     architecture: str = option("deeplabv3plus", "of both", choices=tuple(ARCHITECTURES))
-    max_subclasses: int | None = option(None, "in all (255; embedded: one a labeled image)",
-                                        low=2, high=MOST_SUBCLASSES)
-    pool: int = option(2, "unlabeled losses on means of so many features; 0: on pixels",
-                       low=0, high=4)
+    network: str = option("plain", "released: dropout, last stage of a ResNet dilated by 2, 4, 8",
+                          choices=("plain", "released"))
+    max_subclasses: int | None = option(None, "in all (255; embedded: images)", low=2, high=255)
     supervised_iterations: int | None = option(None, "stage 1 (a quarter of --iterations)", low=1)
-    retrain: bool = option(False, "delete what --output holds of a run, and make all stages again")
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels", low=16)
@@ -89,7 +80,6 @@ class Config(DataOptions, RunOptions):
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
     ohem: float | None = option(None, "only labels of at most this probability", low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
-    ema_decay: float = option(0.0, "evaluate an average of the weights; 0: off", low=0, below=1)
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
@@ -113,26 +103,27 @@ def entropy(probs: Tensor) -> Tensor:
     return torch.special.entr(probs).sum(dim=1) / math.log(probs.shape[1])
 
 
-def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, compare: str) -> Tensor:
-    """Eq. 6: where F_sub may regularize F, as its entropy is the lower one; bool [B, ...].
+def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, rule: str) -> tuple:
+    """Eq. 6, 7: where F_sub is surer and may regularize F, bool [B, ...]; the class that it sees.
 
-    probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub; compare: "parents" or "subclasses".
+    probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub. "paper": entropy and class of M(p*), the
+    sums over parents; "released": entropy of p*, and the parent of the likeliest subclass.
     """
-    if compare == "parents":
-        sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])  # Eq. 7
-    return entropy(sub_probs) < entropy(probs)
+    seen = parent_of[sub_probs.argmax(dim=1)]
+    if rule == "paper":
+        sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])
+        seen = sub_probs.argmax(dim=1)
+    return entropy(sub_probs) < entropy(probs), seen
 
 
-def regularize(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, gate: Tensor) -> Tensor:
-    """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class that F_sub sees.
+def regularize(probs: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
+    """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class `seen` alone.
 
     With gamma >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in
     another class is below one half.
     """
-    # The likeliest subclass's parent: sums over parents would favour large classes again.
-    seen = parent_of[sub_probs.argmax(dim=1)].unsqueeze(1)
-    only = torch.zeros_like(probs).scatter(1, seen, probs.gather(1, seen))
-    return torch.where(gate.unsqueeze(1), only, probs)
+    is_seen = F.one_hot(seen, probs.shape[1]).movedim(-1, 1)
+    return torch.where(gate.unsqueeze(1), is_seen * probs, probs)
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
@@ -156,9 +147,9 @@ class USRN(nn.Module):
     for the first n images only (None if n = 0).
     """
 
-    def __init__(self, model: nn.Module, subclass_model: nn.Module | None, share: str, pool: int):
+    def __init__(self, model: nn.Module, subclass_model: nn.Module | None, share: str):
         super().__init__()
-        self.model, self.subclass_model, self.share, self.pool = model, subclass_model, share, pool
+        self.model, self.subclass_model, self.share = model, subclass_model, share
         if subclass_model is None:
             return
         encoder = subclass_model.encoder
@@ -183,11 +174,8 @@ class USRN(nn.Module):
 
     def classify(self, model: nn.Module, low: Tensor, high: Tensor, whole: int, size) -> tuple:
         z = model.decode(low, high)
-        if not self.pool:
-            logits = resize(model.classifier(z).float(), size)
-            return logits[:whole], logits[whole:]
-        cells = model.classifier(F.avg_pool2d(z[whole:], self.pool)).float()
-        return resize(model.classifier(z[:whole]).float(), size), cells
+        cells = F.avg_pool2d(z[whole:], model.cell)  # 2 x 2 features, as stage 2 clusters them
+        return resize(model.classifier(z[:whole]).float(), size), model.classifier(cells).float()
 
 
 def make_views(batch: dict[str, Tensor], blur: tuple[float, float],
@@ -211,10 +199,10 @@ def at_cells(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return mask[:, rows][:, :, columns]
 
 
-def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | None,
-              threshold: float, compare: str, lambda_sub: float, lambda_u: float,
-              ohem: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """One step through Eq. 2-8 with these `parts` of Table 3: (loss, terms for the log)."""
+def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
+              config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """One step through Eq. 2-8 with the parts of config.model: (loss, terms for the log)."""
+    parts, threshold = MODELS[config.model], config.threshold
     size = len(views["labeled"])
     images, cells, subclasses = views["labeled"], 0, size if "MSL" in parts else 0
     if "OST" in parts:
@@ -225,11 +213,11 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
         subclasses = size if "SST" in parts else 0
         _, logits_strong, _, sub_logits_strong = network(views["strong"], size, subclasses)
 
-    loss = loss_sup = supervised_loss(logits, views["label"], ohem)
+    loss = loss_sup = supervised_loss(logits, views["label"], config.ohem)
     terms = {"loss_sup": loss_sup}
     if "MSL" in parts:
         terms["loss_sup_sub"] = supervised_loss(sub_logits, views["subclass"])
-        loss = loss + lambda_sub * terms["loss_sup_sub"]  # Eq. 2
+        loss = loss + config.lambda_sub * terms["loss_sup_sub"]  # Eq. 2
     if "OST" not in parts:
         return loss, {"loss": loss, **terms}
 
@@ -239,15 +227,16 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
         probs = regularized = logits_weak.softmax(dim=1)
         own_label, confident = select(probs, threshold)
         if "USR" in parts:
-            sub_probs, gate = sub_logits_weak.softmax(dim=1), torch.ones_like(valid)
+            sub_probs = sub_logits_weak.softmax(dim=1)
+            seen, gate = parent_of[sub_probs.argmax(dim=1)], torch.ones_like(valid)
             if "EGM" in parts:
-                gate = entropy_gate(probs, sub_probs, parent_of, compare)
-            regularized = regularize(probs, sub_probs, parent_of, gate)  # Eq. 4, 6
+                gate, seen = entropy_gate(probs, sub_probs, parent_of, config.gate)
+            regularized = regularize(probs, seen, gate)  # Eq. 4, 6
         # Where the gate is closed: F's own pseudo label (the paper says no back-propagation).
         pseudo_label, used = select(regularized, threshold)
         used, vetoed = used & valid, confident & valid & ~used
     terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, valid)  # Eq. 4, 7
-    loss = loss + lambda_u * terms["loss_unsup"]
+    loss = loss + config.lambda_u * terms["loss_unsup"]
     terms["used"] = used.sum() / pixels
     if "USR" in parts:
         terms |= {"gate": (gate & valid).sum() / pixels, "vetoed": vetoed.sum() / pixels}
@@ -255,11 +244,13 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
         sub_label, sub_used = select(sub_probs, threshold)
         sub_used = sub_used & valid
         terms["loss_unsup_sub"] = weighted_loss(sub_logits_strong, sub_label, sub_used, valid)
-        loss = loss + lambda_u * lambda_sub * terms["loss_unsup_sub"]  # Eq. 5, 8
+        loss = loss + config.lambda_u * config.lambda_sub * terms["loss_unsup_sub"]  # Eq. 5, 8
         terms["used_sub"] = sub_used.sum() / pixels
     if "truth" in views:  # for the log only
         truth = at_cells(views["truth"], logits_weak.shape[2:])
-        for name, label, chosen in (("used", pseudo_label, used), ("vetoed", own_label, vetoed)):
+        labels = [("f_sub", seen, valid)] if "USR" in parts else []
+        labels += [("f", own_label, valid), ("used", pseudo_label, used)]
+        for name, label, chosen in (*labels, ("vetoed", own_label, vetoed)):
             known = chosen & (truth != IGNORE)
             right = known & (label == truth)
             terms[f"{name}_accuracy"] = right.sum() / known.sum().clamp(min=1)
@@ -268,47 +259,35 @@ def usrn_loss(network, views: dict, parts: tuple[str, ...], parent_of: Tensor | 
 
 # ---------------------------------------------------------------- balanced k-means
 
-BLOCK = 16384  # points of which float32 copies are made at once
+BLOCK = 16384  # points of which larger copies are made at once
 
 
 @torch.no_grad()
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=True) -> Tensor:
     """[N, D] on the CPU -> clusters int64 [N], whose sizes differ by at most one if `balanced`.
 
-    Lloyd's, on every 256th point or so until it settles, then on four times as many, up to all.
+    Lloyd's: 10 steps on a part of the points, as many as centroids need, and two on all.
     """
     centroids = spread_centroids(features, num_clusters, torch.Generator().manual_seed(seed))
-    price = torch.zeros(num_clusters)
-    enough = max(2048, 128 * num_clusters)
-    strides = [stride for stride in (256, 64, 16, 4) if len(features) // stride >= enough] + [1]
-    for stride in strides:
-        points, before = features[::stride], math.inf
-        for _ in range(30 if stride == strides[0] else 2):
-            cost = squared_distances(points, centroids)
-            assignment = cost.argmin(dim=1)
-            if balanced:
-                assignment, price = balanced_assignment(cost, price)
-            now = cost.gather(1, assignment[:, None]).sum(dtype=torch.float64)
-            old, centroids = centroids, cluster_means(points, assignment, centroids)
-            sizes = torch.bincount(assignment, minlength=num_clusters)
-            now = now - (sizes * (centroids - old).square().sum(dim=1)).sum()  # to the new ones
-            del cost  # before there is another: it may be large
-            if before - now <= 1e-4 * now:
-                break
-            before = now
+    price, enough = torch.zeros(num_clusters), max(8192, 128 * num_clusters)
+    part = features[:: max(1, len(features) // enough)]
+    for points in 10 * [part] + 2 * [features]:
+        cost = squared_distances(points, centroids)
+        assignment = cost.argmin(dim=1)
+        if balanced:
+            assignment, price = balanced_assignment(cost, price)
+        centroids = cluster_means(points, assignment, centroids)
     return assignment
 
 
 def spread_centroids(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii, 2007): points, drawn by squared distance to others."""
     some = torch.randperm(len(features), generator=generator)[: max(64 * num_clusters, 2048)]
-    sample = features[some].float()
-    drawn = torch.randint(len(sample), (1,), generator=generator)
-    centroids, distance = sample[drawn], torch.tensor(math.inf)
+    sample, distance = features[some].float(), torch.tensor(math.inf)
+    centroids = sample[:1]
     while len(centroids) < num_clusters:
         distance = torch.minimum(distance, (sample - centroids[-1]).square().sum(dim=1))
-        weights = distance.double() + 1e-30  # all may be taken
-        drawn = torch.multinomial(weights, 1, generator=generator)
+        drawn = torch.multinomial(distance + 1e-30, 1, generator=generator)  # all may be taken
         centroids = torch.cat([centroids, sample[drawn]])
     return centroids
 
@@ -316,111 +295,85 @@ def spread_centroids(features: Tensor, num_clusters: int, generator: torch.Gener
 def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
     """[N, D], [K, D] -> float32 [N, K]."""
     middle = centroids.mean(dim=0)  # far from the origin, rounding would hide distances
-    distances = centroids.new_empty(len(points), len(centroids))
-    for block, rows in zip(points.split(BLOCK), distances.split(BLOCK)):
-        rows.copy_(torch.cdist(block.float() - middle, centroids - middle).square_())
-    return distances
+    return torch.cat([torch.cdist(block.float() - middle, centroids - middle).square_()
+                      for block in points.split(BLOCK)])
 
 
 def cluster_means(points: Tensor, assignment: Tensor, centroids: Tensor) -> Tensor:
     """The mean of each cluster's points, [K, D]; of one without points the old centroid."""
-    sums = torch.zeros_like(centroids)
-    for block, clusters in zip(points.split(BLOCK), assignment.split(BLOCK)):
-        sums.index_add_(0, clusters, block.float())
+    sums = torch.zeros_like(centroids).index_add_(0, assignment, points.float())
     sizes = torch.bincount(assignment, minlength=len(centroids)).unsqueeze(1)
     return torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
 
 
-def preference(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
-    """The cluster of least cost + price, int64 [N], and by how much it is the best, [N]."""
-    parts = [(rows + price).topk(min(2, len(price)), largest=False) for rows in cost.split(BLOCK)]
-    values, clusters = (torch.cat(blocks) for blocks in zip(*parts))
-    return clusters[:, 0], values[:, -1] - values[:, 0]
+def guess_prices(cost: Tensor, price: Tensor) -> Tensor:
+    """Sinkhorn's iteration (Cuturi, 2013): even soft assignments, harder and harder; prices [K]."""
+    points, clusters = cost.shape
+    price, temperature = price.to(cost.dtype), cost.mean() / 50 + 1e-30
+    for _ in range(10):
+        share = sum((-(rows + price) / temperature).softmax(dim=1).sum(dim=0)
+                    for rows in cost.split(BLOCK)) * clusters / points
+        price = price + temperature * share.clamp(min=0.01).log()
+        temperature = 0.8 * temperature
+    return price.double()
 
 
 def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
     """Clusters int64 [N], N / K points each (rounded), at the least sum of cost [N, K]; prices [K].
 
-    Exact by duality: where all points are in the cluster of their least cost + price, no assignment
-    of such sizes costs less. Start from a guess of the prices; the least decided points move until
-    sizes are right, which gives new prices. If the other points disagree with these, go on.
+    Successive shortest paths (Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7): first
+    all points are where cost + price is least, which is best for sizes as they are then. Nodes are
+    clusters, an edge a -> b is the point of a whose move to b costs least, and along the shortest
+    path from a cluster that is too large to one that is too small, a point moves at each edge.
     """
     points, clusters = cost.shape
-    nearest, margin = preference(cost, price)
-    uneven = (torch.bincount(nearest, minlength=clusters) - points / clusters).abs().sum()
-    if points > 16 * clusters and uneven > (points * clusters) ** 0.5:
+    if points > 16 * clusters:
         price = balanced_assignment(cost[::4], price)[1]  # a better guess
-        nearest, margin = preference(cost, price)
-    agreed, count = False, 0
-    while not agreed:
-        vacant = np.zeros(clusters, bool)  # where a place stays empty, if K does not divide N
-        vacant[price.argsort()[: -points % clusters].numpy()] = True
-        sizes = torch.bincount(nearest, minlength=clusters).numpy()
-        excess = sizes + vacant - -(-points // clusters)
-        count = 2 * count or 8 * int(np.abs(excess).sum()) + 16 * clusters
-        free = margin.topk(min(count, points), largest=False).indices
-        moved, price, even = move_points(
-            cost[free].numpy(), nearest[free].numpy(), price.double().numpy(), excess, vacant)
-        assignment = nearest.index_put((free,), torch.from_numpy(moved))
-        price = torch.from_numpy(price).to(cost.dtype)
-        nearest, margin = preference(cost, price)
-        agreed = even and bool((nearest == assignment).index_fill(0, free, True).all())
-    return assignment, price
+    price = guess_prices(cost, price)
+    cluster = torch.cat([(rows + price).argmin(dim=1) for rows in cost.split(BLOCK)]).numpy()
+    members = [np.flatnonzero(cluster == node) for node in range(clusters)]
+    cost, edge, mover = cost.numpy(), np.zeros((clusters, clusters)), np.zeros((clusters,) * 2, int)
 
+    def find_movers(a: int, to: np.ndarray) -> None:
+        edge[a, to] = np.inf  # an empty cluster has no point that could move
+        if len(members[a]):
+            extra = cost[members[a][:, None], to].astype(float) - cost[members[a], a, None]
+            edge[a, to], mover[a, to] = extra.min(axis=0), members[a][extra.argmin(axis=0)]
 
-def move_points(cost: np.ndarray, cluster: np.ndarray, price: np.ndarray, excess: np.ndarray,
-                vacant: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Successive shortest paths (Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7).
-
-    Nodes are clusters; an edge a -> b is the point of a whose move to b costs least, or the vacant
-    place of a, which moves at no cost: a cluster has one at most. cost [n, K] and cluster [n] are
-    of the points that may move, excess [K] of all. Returns the new clusters, prices [K] at which
-    they are preferred, and whether no excess is left.
-    """
-    clusters = len(price)
-    cluster, excess, vacant = cluster.copy(), excess.copy(), vacant.copy()
-    edge, mover = np.full((clusters, clusters), np.inf), np.zeros((clusters, clusters), int)
-    touched = set(range(clusters))
-    while touched:
-        for node in touched:
-            members = np.flatnonzero(cluster == node)
-            edge[node] = np.inf
-            if len(members):
-                extra = cost[members] - cost[members, node, None]
-                edge[node], mover[node] = extra.min(axis=0), members[extra.argmin(axis=0)]
-        length = np.where(vacant[:, None] & ~vacant, np.minimum(edge, 0), edge)
-        reduced = np.maximum(length + price - price[:, None], 0)  # less by rounding only
-        distance, before = shortest_paths(reduced, np.where(excess > 0, 0.0, np.inf))
-        reached = np.isfinite(distance)
-        price = price - np.minimum(distance, distance[reached].max(initial=0))
-        touched = set()
-        for target in np.flatnonzero((excess < 0) & reached):
-            path = [target]
-            while before[path[-1]] >= 0:
-                path.append(before[path[-1]])
-            if touched.isdisjoint(path):  # all is as it was when paths were searched
-                touched.update(path)
-                excess[path[-1]] -= 1
-                excess[target] += 1
-                for a, b in zip(path[1:], path):
-                    if edge[a, b] <= length[a, b]:
-                        cluster[mover[a, b]] = b
-                    else:
-                        vacant[a], vacant[b] = False, True
-    return cluster, price, not excess.any()
-
-
-def shortest_paths(length: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bellman-Ford: edges [K, K] >= 0, distances at the start -> distances, predecessors or -1."""
-    distance, before, nodes = start, np.full(len(start), -1), np.arange(len(start))
+    for a in range(clusters):
+        find_movers(a, np.arange(clusters))
+    least, most = points // clusters, -(-points // clusters)
+    far = 2 * clusters * float(cost.max()) or 1.0  # longer than any path
     while True:
-        through = distance[:, None] + length
-        best = through.argmin(axis=0)
-        shorter = through[best, nodes] < distance
-        if not shorter.any():
-            return distance, before
-        distance = np.where(shorter, through[best, nodes], distance)
-        before = np.where(shorter, best, before)
+        sizes = np.array([len(rows) for rows in members])
+        leave = far * ((sizes <= least) * 1.0 - (sizes > most))  # a cluster that is too large gains
+        enter = far * ((sizes >= most) * 1.0 - (sizes < least))
+        distance, before = shortest_paths(edge, leave, 1e-12 * far)
+        b = int((distance + enter).argmin())
+        if distance[b] + enter[b] > -1e-11 * far:  # all prefer where they are at these prices
+            return torch.from_numpy(cluster), torch.from_numpy(distance.mean() - distance)
+        while before[b] >= 0:
+            a = before[b]
+            point = mover[a, b]
+            cluster[point] = b
+            members[a] = members[a][members[a] != point]
+            members[b] = np.append(members[b], point)
+            find_movers(a, np.flatnonzero(mover[a] == point))  # other edges of a stay as they are
+            extra = cost[point].astype(float) - cost[point, b]
+            mover[b] = np.where(extra < edge[b], point, mover[b])
+            edge[b] = np.minimum(extra, edge[b])
+            b = a
+
+
+def shortest_paths(edge: np.ndarray, start: np.ndarray, tolerance: float) -> tuple:
+    """Bellman-Ford: edges [K, K], distances at the start -> distances, predecessors or -1."""
+    distance, before, shorter = start.copy(), np.full(len(start), -1), True
+    while np.any(shorter):
+        through = distance[:, None] + edge
+        shorter = through.min(axis=0) < distance - tolerance
+        before[shorter] = through[:, shorter].argmin(axis=0)
+        distance[shorter] = through[before[shorter], shorter]
+    return distance, before
 
 
 # ---------------------------------------------------------------- stage 2: subclasses
@@ -436,8 +389,7 @@ def class_balance_rate(counts: Tensor) -> float:
 def subclass_counts(pixels: Tensor, most: int) -> Tensor:
     """Subclasses of each class: pixels [C] -> int64 [C], at least 1.
 
-    So many clusters of the size of the smallest class; larger ones, by as little as is enough,
-    where these would be more than `most`.
+    Clusters are as large as the smallest class or, if these are too many, as gives `most`.
     """
     size = int(pixels[pixels > 0].min())
     while True:
@@ -447,6 +399,7 @@ def subclass_counts(pixels: Tensor, most: int) -> Tensor:
         size += 1
 
 
+@torch.backends.cudnn.flags(enabled=True)  # benchmark=False: it would start anew for every size
 @torch.inference_mode()
 def extract_features(model: nn.Module, data: Data, device: torch.device) -> tuple:
     """Of the cells of all labeled images: features float16 [N, D], labels [N]; each image's (h, w).
@@ -454,7 +407,6 @@ def extract_features(model: nn.Module, data: Data, device: torch.device) -> tupl
     A cell is a mean of 2 x 2 features (PSPNet: one): stride 8 with ResNets.
     """
     model.eval()
-    torch.backends.cudnn.benchmark = False  # it would start anew for every size
     features, labels, grids = [], [], []
     for item in EvaluationSet(data.labeled, data.root, data.info.num_classes):
         z = model.features(normalize(item["image"][None].to(device)))
@@ -462,7 +414,6 @@ def extract_features(model: nn.Module, data: Data, device: torch.device) -> tupl
         grids.append(z.shape[1:])
         features.append(z.flatten(1).T.clamp(-65504, 65504).half().cpu())
         labels.append(at_cells(item["label"][None], z.shape[1:]).flatten())
-    torch.backends.cudnn.benchmark = True
     return torch.cat(features), torch.cat(labels).long(), grids
 
 
@@ -476,7 +427,7 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     features, labels, grids = extract_features(model, data, device)
     pixels = torch.bincount(labels, minlength=IGNORE + 1)[: data.info.num_classes]
     require(bool(pixels.any()), "no cell of the labeled images has a label: nothing to cluster")
-    counts, began = subclass_counts(pixels, most), time.monotonic()
+    counts = subclass_counts(pixels, most)
     parent_of = torch.arange(len(counts)).repeat_interleave(counts)
     sizes = torch.zeros(len(parent_of), dtype=torch.long)
     table = torch.zeros(len(labels), len(counts), dtype=torch.uint8)  # [cell, class of the pixel]
@@ -486,12 +437,10 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
         if len(members):
             own = features[members]
             clusters = balanced_kmeans(own, count, seed, balanced)
-            far_away = torch.full((count, own.shape[1]), 1e4)  # of those without a cell
-            centroids = cluster_means(own, clusters, far_away)
+            centroids = cluster_means(own, clusters, torch.full((count, own.shape[1]), 1e4))
             table[:, parent] += squared_distances(features, centroids).argmin(dim=1).byte()
             table[members, parent] = (first + clusters).byte()
             sizes[first : first + count] = torch.bincount(clusters, minlength=count)
-    seconds = round(time.monotonic() - began, 1)
 
     tables, rows = table.split([h * w for h, w in grids]), []
     images = EvaluationSet(data.labeled, data.root, data.info.num_classes)
@@ -506,37 +455,34 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     sample_grid(rows[:6], data.info.classes, data.info.palette, picture, captions)
     cbr, sub_cbr = class_balance_rate(pixels), class_balance_rate(sizes)
     say(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} "
-        f"subclasses in {seconds} s; class balance rate {100 * cbr:.1f} % -> {100 * sub_cbr:.1f} %")
+        f"subclasses; class balance rate {100 * cbr:.1f} % -> {100 * sub_cbr:.1f} %")
     return {"parent_of": parent_of.tolist(), "cells": pixels.tolist(), "sizes": sizes.tolist(),
-            "cbr_classes": cbr, "cbr_subclasses": sub_cbr, "clustering_seconds": seconds}
+            "cbr_classes": cbr, "cbr_subclasses": sub_cbr}
 
 
 def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor, Data]:
     """Stages 1 and 2, or what they left: parents int64 [K], and `data` labeled with subclasses."""
     folder, steps = Path(config.output) / "subclasses", config.supervised_iterations
-    record = folder / "subclasses.json"  # written last
+    record, most = folder / "subclasses.json", config.max_subclasses
     files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
-    own = {field.name: field.default for field in fields(config) if field.name in OF_STAGE_3}
-    own["output"] = str(folder.with_name("supervised"))
-    stage_1 = replace(config, **own, model="baseline", iterations=steps, eval_every=steps)
-    stage_2 = {"clustering": config.clustering, "max_subclasses": config.max_subclasses}
-    options = {**asdict(stage_1), **stage_2}
     if not all(file.is_file() for file in (record, *files)):
-        model = train(stage_1, data, device)
+        output = str(folder.with_name("supervised"))
+        model = train(replace(config, model="baseline", output=output, iterations=steps,
+                              eval_every=steps), data, device)
         patience = {"backend": "gloo", "timeout": timedelta(days=1)}  # NCCL's is ten minutes
         group = dist.new_group(**patience) if dist.is_initialized() else None
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             made = make_subclasses(model, data, files, device, config.clustering == "balanced",
-                                   config.max_subclasses, config.seed)
-            write_json(record, {**made, "options": options})
+                                   most, config.seed)
+            write_json(record, {**made, "clustering": config.clustering, "most": most})
         if group:
             dist.barrier(group)
     with reading(record):
         made = json.loads(record.read_text())
-        earlier = {"method": "usrn", "config": made["options"]}
         parent_of = torch.tensor(made["parent_of"])
-    Checkpoint(folder, "usrn", options, {}).check_options(earlier)
+    require((made["clustering"], made["most"]) == (config.clustering, most),
+            f"{folder} is of other --clustering or --max-subclasses: take another --output")
     masks = [str(file.resolve()) for file in files]
     labeled = [Sample(sample.image, mask) for sample, mask in zip(data.labeled, masks)]
     info = replace(data.info, classes=tuple(map(str, range(len(parent_of)))))
@@ -546,16 +492,23 @@ def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor
 # ---------------------------------------------------------------- training
 
 
+def build_network(config: dict, num_classes: int, weights: str) -> nn.Module:
+    model = ARCHITECTURES[config["architecture"]](config["backbone"], num_classes, weights)
+    if config.get("network") == "released":  # not in older checkpoints
+        model.add_dropout_and_multi_grid()
+    return model
+
+
 def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | None = None,
           labels: Data | None = None) -> nn.Module:
     """Stage 1 ("baseline") and 3, which has subclasses, see `subclasses`; the evaluated F."""
     parts = MODELS[config.model]
     torch.manual_seed(config.seed)
-    build = ARCHITECTURES[config.architecture]
-    model, subclass_model = build(config.backbone, data.info.num_classes, config.weights), None
+    options, subclass_model = asdict(config), None
+    model = build_network(options, data.info.num_classes, config.weights)
     if parent_of is not None:
-        subclass_model = build(config.backbone, len(parent_of), config.weights)
-    both = USRN(model, subclass_model, config.share, config.pool)
+        subclass_model = build_network(options, len(parent_of), config.weights)
+    both = USRN(model, subclass_model, config.share)
     if world_size() > 1 and device.type == "cuda":
         both = nn.SyncBatchNorm.convert_sync_batchnorm(both)
     if config.checkpoint_activations:
@@ -573,12 +526,9 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if subclass_model:
         state["subclass_model"] = subclass_model
-    evaluated = model
-    if config.ema_decay:
-        evaluated = state["ema"] = make_ema(model)
     torch.manual_seed(config.seed + 1000 * rank())  # ranks augment differently
     folder = Path(config.output)
-    checkpoint = Checkpoint(folder, "usrn", asdict(config), state)
+    checkpoint = Checkpoint(folder, "usrn", options, state)
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * (2 if "OST" in parts else 1), config.tensorboard)
@@ -588,10 +538,10 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
 
     def evaluate_now(step: int) -> None:
         with stop.at_once(step):  # all is saved
-            results = evaluate(evaluated, data, config.eval_split, config.crop, device,
+            results = evaluate(model, data, config.eval_split, config.crop, device,
                                config.num_workers)
         if log.is_best(results):
-            checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
+            checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
         log.evaluation(step, results)
 
     if log.evaluation_is_due(start):  # a kill came between saving and evaluating
@@ -600,14 +550,11 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, data.info.blur, parent_of)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            loss, terms = usrn_loss(network, views, parts, parent_of, config.threshold, config.gate,
-                                    config.lambda_sub, config.lambda_u, config.ohem)
+            loss, terms = usrn_loss(network, views, parent_of, config)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if config.ema_decay:
-            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))
 
         if means := log.step(step, terms):
             log.write(step, means)
@@ -619,8 +566,8 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
             evaluate_now(step)
 
     stop.release()
-    write_samples(evaluated, data, config.crop, device, folder / "samples.png")
-    return evaluated
+    write_samples(model, data, config.crop, device, folder / "samples.png")
+    return model
 
 
 def run_stages(config: Config) -> None:
@@ -633,26 +580,19 @@ def run_stages(config: Config) -> None:
                            amp=bf16_is_fast(device), output=f"runs/usrn_{data.tag}_{config.seed}",
                            max_subclasses=most)
     config = with_defaults(config, supervised_iterations=max(1, config.iterations // 4))
-    parts, folder = MODELS[config.model], Path(config.output)
+    parts = MODELS[config.model]
     require(classes <= config.max_subclasses, f"--max-subclasses must be >= {classes}, the classes")
     require("OST" not in parts or bool(data.unlabeled), "no unlabeled image: --model baseline or I")
+    require(config.network == "plain" or config.architecture != "pspnet", "--network: not PSPNet's")
     require(config.batch_size > world_size() or device.type == "cuda" and world_size() > 1,
             "--batch-size leaves a rank one image: batch norm needs two")
-    with main_first():
-        if config.retrain and rank() == 0:
-            for name in ("supervised", "subclasses"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in ("latest.pt", "best.pt", "results.json", "metrics.jsonl"):
-                (folder / name).unlink(missing_ok=True)
-    config = replace(config, retrain=False)
     stage_2 = subclasses(config, data, device) if "MSL" in parts else ()
     train(config, data, device, *stage_2)
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: images -> logits."""
-    build = ARCHITECTURES[config["architecture"]]
-    model = build(config["backbone"], num_classes, random_weights_like(state))
+    model = build_network(config, num_classes, random_weights_like(state))
     return load_strictly(model, state, "the checkpoint's weights")
 
 

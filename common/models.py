@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.augment import IGNORE
-from common.backbones import BACKBONES, VIT_BACKBONES, build_encoder, conv_bn_relu
+from common.backbones import BACKBONES, VIT_BACKBONES, ResNet, build_encoder, conv_bn_relu
 from common.runtime import all_reduce_sum
 
 # UniMatch keeps at least 200,000 pixels of the two crops of 801x801 on each of its GPUs: 15.6 %.
@@ -102,6 +102,14 @@ class DeepLabV3Plus(SegmentationNetwork):
         self.fuse = nn.Sequential(conv_bn_relu(self.channels + reduced, self.channels, 3),
                                   conv_bn_relu(self.channels, self.channels, 3))
         self.classifier = nn.Conv2d(self.channels, num_classes, 1)
+
+    def add_dropout_and_multi_grid(self) -> None:
+        """As early PyTorch code had it: 0.5, 0.5, 0.1, and a ResNet's last stage by 2, 4, 8."""
+        if isinstance(self.encoder, ResNet):
+            for block, rate in zip(self.encoder.layer4, (2, 4, 8)):
+                block.conv2.dilation = block.conv2.padding = (rate, rate)
+        for layers, share in ((self.aspp.project, 0.5), (self.fuse[0], 0.5), (self.fuse[1], 0.1)):
+            layers.append(nn.Dropout(share))
 
     def decode(self, low: Tensor, high: Tensor) -> Tensor:
         """-> [B, channels, H/4, W/4] (tiny: H/2)."""

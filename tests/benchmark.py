@@ -285,7 +285,7 @@ def kmeans(sizes) -> None:
         started = time.perf_counter()
         assignment = torch.as_tensor(assign(points)).long()
         seconds, peak = time.perf_counter() - started, peak_memory()
-        centroids = usrn.means(points, assignment, points[:clusters])
+        centroids = usrn.cluster_means(points, assignment, points[:clusters])
         cost = usrn.squared_distances(points, centroids).gather(1, assignment[:, None]).mean()
         counts = torch.bincount(assignment, minlength=clusters)
         say(f"  {name:20}{len(points):8} points, {clusters} clusters of {counts.min()} to "
