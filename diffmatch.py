@@ -219,7 +219,7 @@ class MaskDenoiser(nn.Module):
         super().__init__()
         self.fuse = nn.Linear(mask_channels + channels, channels)  # a 1x1 convolution
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")  # as Ji et al.
-        if mask_start == "zero":  # else z starts, and with SGD stays, under a layer of noise
+        if mask_start == "zero":  # not in the paper; else z starts under a layer of noise
             self.fuse.weight.data[:, :mask_channels] = 0
         wide = 4 * channels
         self.frequencies = nn.Parameter(torch.randn(8))  # of time, whose embedding is Ji et al.'s
