@@ -26,12 +26,10 @@ import json
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -43,8 +41,8 @@ from common.evaluate import evaluate, write_samples
 from common.figures import colorize, sample_grid, save_indexed_png, voc_palette
 from common.models import ARCHITECTURES, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, bf16_is_fast,
-                            init_distributed, mean_over_ranks, option, parse, rank, reading,
-                            require, run_main, say, with_defaults, world_size, write_json)
+                            init_distributed, main_first, mean_over_ranks, option, parse, rank,
+                            reading, require, run_main, say, with_defaults, world_size, write_json)
 
 PARTS = ("MSL", "OST", "USR", "SST", "EGM")  # Eq. 2 for F_sub, 3, 4, 5, 6
 MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
@@ -469,15 +467,12 @@ def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor
         output = str(folder.with_name("supervised"))
         model = train(replace(config, model="baseline", output=output, iterations=steps,
                               eval_every=steps), data, device)
-        patience = {"backend": "gloo", "timeout": timedelta(days=1)}  # NCCL's is ten minutes
-        group = dist.new_group(**patience) if dist.is_initialized() else None
-        if rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            made = make_subclasses(model, data, files, device, config.clustering == "balanced",
-                                   most, config.seed)
-            write_json(record, {**made, "clustering": config.clustering, "most": most})
-        if group:
-            dist.barrier(group)
+        with main_first(of_each_node=False):
+            if rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                made = make_subclasses(model, data, files, device, config.clustering == "balanced",
+                                       most, config.seed)
+                write_json(record, {**made, "clustering": config.clustering, "most": most})
     with reading(record):
         made = json.loads(record.read_text())
         parent_of = torch.tensor(made["parent_of"])

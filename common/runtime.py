@@ -210,9 +210,10 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def main_first():
-    """The first rank of each node runs the block before its others: for work on shared files."""
-    first, group = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+def main_first(of_each_node: bool = True):
+    """The first rank of each node, or of all, runs the block before others: for work on files."""
+    number = int(os.environ.get("LOCAL_RANK", 0)) if of_each_node else rank()
+    first, group = number == 0, None
     if dist.is_initialized():  # preparing data may take longer than NCCL's ten minutes
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if group and not first:

@@ -104,7 +104,8 @@ def test_names_of_ones_own_classes(tmp_path):
         assert "--classes" in error_of(dataset_info, "folder", classes)
     assert "has its own" in error_of(dataset_info, "pascal", "a,b")
     assert "pascal" in error_of(dataset_info, "nonsense")
-    of_labelme = write(tmp_path / "labels.txt", ["\ufeff__ignore__", "# ours", "_background_", "cat"])
+    lines = ["\ufeff__ignore__", "# ours", "_background_", "cat"]
+    of_labelme = write(tmp_path / "labels.txt", lines)
     assert dataset_info("folder", str(of_labelme)).classes == ("_background_", "cat")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00a")
     assert "binary" in error_of(dataset_info, "folder", str(tmp_path / "binary"))

@@ -596,7 +596,7 @@ def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
     first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
     common = ("--iterations", 2, "--share", "none", "--output")
     assert program("--model", "I", *common, first)[0] == 0
-    for options in (["--threshold", "0.3"], ["--clustering", "plain"], ["--lr", "0.1"]):
+    for options in (["--threshold", "0.3"], ["--clustering", "plain"], ["--crop", "48"]):
         _, _, error = program("--model", "I", *common, first, *options)
         assert error.startswith(f"error: {first}") and options[0] in error
     for stage in ("supervised", "subclasses"):
