@@ -508,7 +508,8 @@ def test_the_checkpoint_is_scored_as_in_training(trained, hearts):
 
 
 def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
-    log = runtime.Log(tmp_path, "diffrect", 0, 200, 2, 100, 1, False, metric="dice")
+    checkpoint = runtime.Checkpoint(tmp_path, "diffrect", {}, {})
+    log = runtime.Log(checkpoint, 0, 200, 2, 100, 1, False, metric="dice")
     log.steps = 50  # for the speed
     for step in range(2, 102, 2):  # noise of 60 % until 60
         loss = 0.1 * (1 + 0.6 * (-1) ** (step // 2)) if step <= 60 else 0.6

