@@ -23,7 +23,7 @@ if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 
 rows=$(if [ "${1:-}" = all ]; then cat .docs/rows.txt; else sed '/^# ---/q' .docs/rows.txt; fi)
 folder=$(if [ "${1:-}" = all ]; then echo runs; else echo runs/short; fi)
-export python folder options=$(if [ "${1:-}" != all ]; then echo --iterations 600; fi)
+export python folder options=$(if [ "${1:-}" != all ]; then echo --iterations 500; fi)
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 train() {  # seed, row, script, options: one that fails stops no other
     local run="$folder/$2/seed$1"

@@ -264,17 +264,22 @@ BLOCK = 16384  # points of which larger copies are made at once
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=True) -> Tensor:
     """[N, D] on the CPU -> clusters int64 [N], whose sizes differ by at most one if `balanced`.
 
-    Lloyd's: 10 steps on a part of the points, as many as centroids need, and two on all.
+    Lloyd's, on a part of the points, as many as centroids need, until these hardly move, then two
+    steps on all.
     """
     centroids = spread_centroids(features, num_clusters, torch.Generator().manual_seed(seed))
     price, enough = torch.zeros(num_clusters), max(8192, 128 * num_clusters)
     part = features[:: max(1, len(features) // enough)]
-    for points in 10 * [part] + 2 * [features]:
-        cost = squared_distances(points, centroids)
-        assignment = cost.argmin(dim=1)
-        if balanced:
-            assignment, price = balanced_assignment(cost, price)
-        centroids = cluster_means(points, assignment, centroids)
+    for points, most in ((part, 30), (features, 2)):
+        for _ in range(most):
+            cost = squared_distances(points, centroids)
+            assignment = cost.argmin(dim=1)
+            if balanced:
+                assignment, price = balanced_assignment(cost, price)
+            before, centroids = centroids, cluster_means(points, assignment, centroids)
+            spread = (centroids - centroids.mean(dim=0)).norm()
+            if (centroids - before).norm() <= 0.01 * spread:
+                break
     return assignment
 
 

@@ -374,6 +374,7 @@ def test_command_for_volumes(command, monkeypatch, tmp_path):
     command("--checkpoint", "c.pt", "--output", output)
     assert list(json.loads(output.read_text())["scores"]) == ["b"]
     assert "no test list" in command("--checkpoint", "c.pt", "--split", "test")[1]
+    monkeypatch.setattr(ev, "has_matplotlib", lambda: True)
     for flags in (["--mode", "whole"], ["--threshold", 0.5], ["--figure", "f.png"]):
         assert "not for volumes" in command("--checkpoint", "c.pt", *flags)[1]
 
