@@ -45,7 +45,7 @@ class Config(DataOptions, RunOptions):
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
     encoding: str = option("embedding", "of labels (Algorithm 2)", choices=("embedding", "bits"))
-    mask_channels: int = option(256, "of embedded labels (Algorithm 3); 0: no mask", low=0)
+    mask_channels: int | None = option(None, "0: no mask (256, Algorithm 3; embedded: 32)", low=0)
     mask_start: str = option("zero", "of f's weights for y_t", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
     tau: float = option(0.1, "weight of the adjustment, Eq. 9 (Table 9); 0: none", low=0)
@@ -417,6 +417,7 @@ def train(config: Config) -> None:
     rank, world_size, device = init_distributed(config.device)
     data = load_data(config)
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
+                           mask_channels=32 if data.info.embedded else 256,
                            amp=bf16_is_fast(device),
                            output=f"runs/diffmatch_{data.tag}_{config.seed}")
     if config.discriminative:  # no mask, no other time, and thus nothing that Eq. 9 derives
@@ -480,16 +481,15 @@ def train(config: Config) -> None:
 
     stop.release()
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
-    captions = ("image", "label", *(f"step {step + 1}" for step in range(config.steps)))
+    captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
     write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict | None = None) -> Sampler:
     """images -> logits: what training evaluates or, of a checkpoint's state, common.evaluate."""
     weights = random_weights_like(state) if state else config["weights"]
-    model = DiffMatch(config["backbone"], num_classes, weights, config["layers"],
-                      config["encoding"], config["mask_channels"], config["mask_start"],
-                      config["scale"])
+    options = ("layers", "encoding", "mask_channels", "mask_start", "scale")
+    model = DiffMatch(config["backbone"], num_classes, weights, *map(config.get, options))
     if state:
         load_strictly(model, state, "the checkpoint")
     return Sampler(model, config["steps"], config["time_difference"], config["noise_seed"],
