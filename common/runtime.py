@@ -556,10 +556,11 @@ class Log:
         hole = scalars["loss"].new_full((), math.nan, dtype=torch.float32)  # not every step has all
         rows = [torch.stack([row.get(name, hole).to(hole) for name in names])
                 for row in self.pending]
+        holes = torch.tensor([[name not in row for name in names] for row in self.pending])
         self.pending = []
         table = all_reduce_sum(torch.stack(rows)).cpu() / world_size()
         losses = [column for column, name in enumerate(names) if name.startswith("loss")]
-        require(bool(table[:, losses].isfinite().all()),
+        require(bool((table.isfinite() | holes)[:, losses].all()),
                 f"the loss is not finite at iteration {step}: go on from the last checkpoint with "
                 f"a lower --lr, or with --no-amp")
         return {name: round(value, 6) for name, value in zip(names, table.nanmean(dim=0).tolist())}

@@ -434,10 +434,11 @@ def log_in(folder, start=0, every=2, tensorboard=False) -> Log:
 def test_the_log_has_means(tmp_path, monkeypatch):
     log = log_in(tmp_path, every=4)
     rows = [{"loss": 1.0}, {"loss": 2.0, "used": 0.5}, {"loss": 3.0, "used": 1.0, "dice": math.nan},
-            {"loss": 6.0}, *[{"loss": 1.0}] * 6]
+            {"loss": 6.0}, *[{"loss": 1.0}] * 5, {"loss": 1.0, "loss_late": 2.0}]
     means = [log.step(step, {name: torch.tensor(value) for name, value in row.items()})
              for step, row in enumerate(rows, 1)]
     assert [step for step, line in enumerate(means, 1) if line] == [4, 8, 10]  # and the last one
+    assert means[9] == {"loss": 1.0, "loss_late": 2.0}  # a part of the loss that begins late
     log.write(4, means[3])
     assert lines_of(tmp_path) == [{"iteration": 4, "loss": 3.0, "used": 0.75, "dice": None}]
     for bad in ({"loss": math.nan}, {"loss_sup": math.inf}):
