@@ -77,7 +77,7 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
     """Without None. Raises UserError for options that do not go together."""
     info = data.info
     config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
-    steps, scale = config.iterations, config.batch_size / info.batch_size
+    steps, scale = info.iterations, config.batch_size / info.batch_size  # a short run ramps alike
     config = with_defaults(
         config, guidance="dice" if config.rules == "paper" else "released",
         consistency=info.consistency, rectify_weight=info.rectify_weight, lr=info.lr * scale,

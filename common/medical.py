@@ -42,9 +42,9 @@ class VolumeInfo:
     lr: float  # for that batch size
     iterations: int
     consistency: float  # weight of pseudo labels, once it has risen
-    rampup: float  # share of the iterations in which it rises
+    rampup: float  # share of these iterations in which it rises
     rectify_weight: float  # of rectified labels
-    warmup: float  # share of the iterations before they are used
+    warmup: float  # share of these iterations before they are used
     adjust: tuple[float, float]  # strong view: factors of contrast, sharpness and brightness
     blur: tuple[float, float]  # strong view: sigma, pixels
     unlabeled_truth: bool  # labels of unlabeled slices may be read, for the log alone

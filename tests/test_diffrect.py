@@ -604,7 +604,7 @@ def test_what_is_left_to_the_recipes(hearts):
     config = diffrect.complete(options, data, torch.device("cpu"))
     assert (config.lr, config.channels) == (0.5, 8)
     assert (config.consistency, config.rectify_weight) == (1, 0.3)
-    assert (config.rampup, config.warmup) == (30, 30) and options.rampup is None
+    assert (config.rampup, config.warmup) == (360, 360) and options.rampup is None
 
 
 # ---------------------------------------------------------------- ranks
