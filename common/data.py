@@ -487,13 +487,14 @@ def load_data(options: DataOptions) -> Data:
     data = Data(info, root, labeled, unlabeled, val, tune, tag)
     check_lists(data)
     if name == "folder":
-        scored, learned = ([root / sample.image for sample in part] for part in (val, labeled))
-        copies = copies_of(scored, learned)
-        require(not copies, f"{copies[:1]} is a validation picture under another name: remove one")
-        copies = copies_of(scored, [root / sample.image for sample in unlabeled])
+        copies = copies_of([root / sample.image for sample in val],
+                           [root / sample.image for sample in labeled + unlabeled])
+        for sample in labeled:
+            require(root / sample.image not in copies, f"{root / sample.image} is a validation "
+                                                       f"picture under another name: remove one")
         data.unlabeled = [sample for sample in unlabeled if root / sample.image not in copies]
         if copies:
-            say(f"left out: {len(copies)} copies of validation pictures, such as {copies[0]}")
+            say(f"left out: {len(copies)} copies of validation pictures, such as {min(copies)}")
     require(options.lists in (None, data.digest),
             f"the lists of images in {root} have the digest {data.digest}, not {options.lists}")
     return data
@@ -514,13 +515,12 @@ def check_lists(data: Data) -> None:
                     f"{path} is listed but missing: {SOURCES.get(data.info.name)}")
 
 
-def copies_of(evaluated: list[Path], files: list[Path]) -> list[Path]:
+def copies_of(evaluated: list[Path], files: list[Path]) -> set[Path]:
     """Those of `files` whose content is that of an evaluated one: a picture under two names."""
-    sizes = {path.stat().st_size: [] for path in files}
-    for path in evaluated:
-        sizes.setdefault(path.stat().st_size, []).append(path)
-    return [path for path in files if any(path.read_bytes() == other.read_bytes()
-                                          for other in sizes[path.stat().st_size])]
+    sizes = {path.stat().st_size for path in evaluated}
+    alike = [path for path in files if path.stat().st_size in sizes]  # the others are not read
+    known = {hashlib.sha256(path.read_bytes()).digest() for path in evaluated if alike}
+    return {path for path in alike if hashlib.sha256(path.read_bytes()).digest() in known}
 
 
 # ---------------------------------------------------------------- reading

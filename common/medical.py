@@ -223,7 +223,7 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
         require(file.path.is_file(), f"{file.path} is listed but missing")
     scored, learned = ([file.path for file in part] for part in (val + test, labeled + unlabeled))
     copies = copies_of(scored, learned)
-    require(not copies, f"{copies[:1]} is a volume of val or test under another name: remove one")
+    require(not copies, f"{[*copies][:1]} is of val or test, too, under another name: remove one")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
     tag = f"{info.name}_{wanted}{drawn}"
     data = VolumeData(info, root, labeled, unlabeled, val, test, tag)
