@@ -224,19 +224,23 @@ def load_predictor(path: str | Path, device: torch.device | str, changes: dict |
     method's script makes of the EMA's weights, where there are some. `changes` replaces values
     of the config. Raises UserError for whatever is wrong with the file or the changes.
     """
-    checkpoint = read_checkpoint(Path(path))
-    method, config = checkpoint["method"], {**checkpoint["config"], **(changes or {})}
-    known = sorted(script.stem for script in ROOT.glob("*.py"))
-    require(method in known, f"{path} is of the method {method!r}: known are {', '.join(known)}")
-    for name, value in (changes or {}).items():
-        require(name in checkpoint["config"], f"{path}: {method} has no option {name!r} to change")
-        saved = checkpoint["config"][name]
-        kinds = (float, int) if isinstance(saved, float) else (type(saved),)
-        require(saved is None or type(value) in kinds, f"{path}: {name} is {saved}, not {value!r}")
-    info = medical.DATASETS.get(config["dataset"])
-    info = info or dataset_info(config["dataset"], config.get("classes"))
-    state = checkpoint.get("ema") or checkpoint["model"]
-    network = importlib.import_module(method).build_predictor(config, info.num_classes, state)
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
+    with reading(path):
+        method, config = checkpoint["method"], {**checkpoint["config"], **(changes or {})}
+        known = sorted(script.stem for script in ROOT.glob("*.py"))
+        require(method in known,
+                f"{path} is of the method {method!r}: known are {', '.join(known)}")
+        for name, value in (changes or {}).items():
+            require(name in checkpoint["config"], f"{path}: {method} has no option {name!r}")
+            saved = checkpoint["config"][name]
+            kinds = (float, int) if isinstance(saved, float) else (type(saved),)
+            require(saved is None or type(value) in kinds,
+                    f"{path}: {name} is {saved}, not {value!r}")
+        info = medical.DATASETS.get(config["dataset"])
+        info = info or dataset_info(config["dataset"], config.get("classes"))
+        state = checkpoint.get("ema") or checkpoint["model"]
+        network = importlib.import_module(method).build_predictor(config, info.num_classes, state)
     return network.to(device).eval(), config, info
 
 

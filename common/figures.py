@@ -225,26 +225,44 @@ def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], labeled_pix
     save_figure(figure, path)
 
 
+SIGNS = {"pos": ("right", "tab:green"), "neg": ("wrong", "tab:red")}
+
+
+def draw_densities(axes, column: dict[str, np.ndarray], k: int, title: str = "") -> None:
+    """Line k of the log: fitted densities of right and of wrong predictions' confidences, t*."""
+    p = np.linspace(column["lowest"][k], 1, 400)
+    for sign, (name, color) in SIGNS.items():
+        density = np.exp(-(((p - column[f"mu_{sign}"][k]) / column[f"sigma_{sign}"][k]) ** 2) / 2)
+        axes.plot(p, density / (density.mean() * (1 - p[0])), color=color, label=name)
+    axes.axvline(column["t_star"][k], color="black", linestyle="--")
+    axes.set(xlabel="confidence", title=f"{title}iteration {column['iteration'][k]:.0f}")
+
+
 def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
-    """DAW, Figure 2, and Figure 4 of one run: after a tenth of the training, and at its end."""
+    """DAW, Figure 2; beside it the densities after a tenth of the training, and at its end."""
     column = columns_of(lines, "t_star")
-    steps, t_star, lowest = (column[name] for name in ("iteration", "t_star", "lowest"))
-    figure, (time, *snapshots) = panels(3.6, 4.3, 4.3, 4.3)
-    snapshots = list(zip(snapshots, (len(steps) // 10, -1)))  # averages begin far off
-    for sign, name, color in (("pos", "right", "tab:green"), ("neg", "wrong", "tab:red")):
+    steps, (figure, (time, early, late)) = column["iteration"], panels(3.6, 4.3, 4.3, 4.3)
+    for sign, (name, color) in SIGNS.items():
         mu, sigma = column[f"mu_{sign}"], column[f"sigma_{sign}"]
         time.plot(steps, mu, color=color, label=name)
         time.fill_between(steps, mu - sigma, mu + sigma, color=color, alpha=0.15)
-        for axes, k in snapshots:
-            p = np.linspace(lowest[k], 1, 400)
-            density = np.exp(-(((p - mu[k]) / sigma[k]) ** 2) / 2)
-            axes.plot(p, density / (density.mean() * (1 - lowest[k])), color=color, label=name)
-    time.plot(steps, t_star, "k--", label="t*")
+    time.plot(steps, column["t_star"], "k--", label="t*")
     time.set(xlabel="iteration", ylabel="confidence", ylim=(0, 1.05))
-    for axes, k in snapshots:
-        axes.axvline(t_star[k], color="black", linestyle="--")
-        axes.set(xlabel="confidence", title=f"iteration {steps[k]:.0f}")
     time.legend()
+    draw_densities(early, column, len(steps) // 10)  # averages begin far off
+    draw_densities(late, column, -1)
+    save_figure(figure, path)
+
+
+def compare_distributions(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
+    """DAW, Figure 4: the densities of runs {name: lines}, a row each, after a tenth of the training
+    and at its end."""
+    figure = figure_class()(figsize=(8.6, 2.6 * len(runs)), layout="constrained")
+    rows = figure.subplots(len(runs), 2, squeeze=False, sharex=True, sharey="col")
+    for (name, lines), (early, late) in zip(runs.items(), rows):
+        column = columns_of(lines, "t_star")
+        draw_densities(early, column, len(column["iteration"]) // 10, f"{name}, ")
+        draw_densities(late, column, -1, f"{name}, ")
     save_figure(figure, path)
 
 
@@ -307,18 +325,27 @@ def plot_landscape(curves: dict[str, list[dict]], labels: dict[str, str], path: 
 # ---------------------------------------------------------------- command line
 
 
+def read_lines(folder: Path) -> list[dict]:
+    with reading(folder / "metrics.jsonl"):
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m common.figures", description="Draw a run.")
-    parser.add_argument("run", type=Path, help="folder with metrics.jsonl or landscape.json")
-    folder = parser.parse_args().run
+    parser.add_argument("runs", type=Path, nargs="+", help="folder with metrics.jsonl or "
+                        "landscape.json; several: DAW's Figure 4, into the first one")
+    folder, *others = parser.parse_args().runs
     if (folder / "landscape.json").is_file():
         with reading(folder / "landscape.json"):
             curves = json.loads((folder / "landscape.json").read_text())
         labels = {"loss": "training loss", "miou": "mIoU (%)"}
         return plot_landscape(curves, labels, folder / "landscape.png")
-    with reading(folder / "metrics.jsonl"):
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        lines = [json.loads(line) for line in lines]
+    runs = {str(run): read_lines(run) for run in (folder, *others)}
+    if others:
+        for run, lines in runs.items():
+            require(any("t_star" in line for line in lines), f"{run} has no t_star to compare")
+        return compare_distributions(runs, folder / "comparison.png")
+    lines = runs[str(folder)]
     keys = sorted({key for line in lines for key in line})
     classes = [key.removeprefix("pseudo ") for key in keys if key.startswith("pseudo ")]
     require("t_star" in keys or "cosine" in keys or classes,

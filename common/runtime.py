@@ -161,8 +161,8 @@ def parse(config_class, description: str | None = None, argv: list[str] | None =
     config = config_class(**vars(parser.parse_args(argv)))
     for field in fields:
         value = getattr(config, field.name)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        require(finite and value != "", f"{flags[field.name]} must not be {value or 'empty'}")
+        usable = value != "" if isinstance(value, str | None) else abs(value) < 2**31  # nan is not
+        require(usable, f"{flags[field.name]} must not be {value or 'empty'}")
         for bound, limit in field.metadata["bounds"].items():
             sign, holds = BOUNDS[bound]
             require(value is None or holds(value, limit),
@@ -370,13 +370,13 @@ class Checkpoint:
             self.lock()
         if path.is_file():
             checkpoint = read_checkpoint(path)
-            self.check_options(checkpoint)
-            for name, part in self.state.items():
-                with reading(path):
+            with reading(path):
+                self.check_options(checkpoint)
+                for name, part in self.state.items():
                     part.load_state_dict(checkpoint[name])
-            self.change_lr(checkpoint["config"])
-            iteration = checkpoint["iteration"]
-            self.restore_rng(checkpoint["rng"], iteration)
+                self.change_lr(checkpoint["config"])
+                iteration = checkpoint["iteration"]
+                self.restore_rng(checkpoint["rng"], iteration)
             say(f"resuming {self.folder} at iteration {iteration}")
         if rank() == 0:
             write_json(self.folder / "config.json", {"method": self.method, **self.config})

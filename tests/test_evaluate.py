@@ -295,6 +295,9 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(checkpoint, tmp_pat
     renamed = {f"module.{name}": value for name, value in checkpoint["ema"].items()}
     assert next(iter(checkpoint["ema"])) in problem(ema=renamed)
     assert str(path) in problem(format=1)
+    wrong_kind = {name: [value] for name, value in checkpoint["ema"].items()}
+    for crafted in ({"config": []}, {"config": {"dataset": [1]}}, {"ema": 3}, {"ema": wrong_kind}):
+        assert problem(**crafted)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=f"cannot read {path}"):
         ev.load_predictor(path, "cpu")

@@ -212,6 +212,17 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     scatter = next(figure for figure in drawn if len(figure.axes) == 5).axes[0].collections[0]
     assert scatter.get_offsets()[:, 0].tolist() == list(range(10, 210, 10))
 
+    other = tmp_path / "other"
+    other.mkdir()
+    lines = [{**line, "t_star": 0.7} for line in lines if "t_star" in line]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run_as_program(*command, other)[0] == 0 and (tmp_path / "comparison.png").is_file()
+    thresholds = [axes.lines[-1].get_xdata()[0] for axes in drawn[-1].axes]
+    assert thresholds == [0.5, 0.5, 0.7, 0.7]
+    assert drawn[-1].axes[2].get_title() == f"{other}, iteration 30"
+    (other / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
+    assert "other has no t_star" in refuse(*command, other)
+
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):

@@ -72,7 +72,8 @@ def test_flags_have_the_types_of_their_fields():
     ("--weighting all", "--weighting"), ("--crop 1.5", "--crop"), ("--cro 3", "--cro"),
     ("--no-such-flag", "--no-such-flag"), ("word", "word"), ("--lr", "--lr"), ("--lr nan", "--lr"),
     ("--crop 0", "--crop must be >= 1, not 0"), ("--lr 0", "--lr must be > 0"),
-    ("--lr inf", "--lr must not be inf"), ("--output=", "--output must not be empty"),
+    ("--lr inf", "--lr must not be inf"), (f"--seed {2**63}", "--seed must not be 9"),
+    ("--output=", "--output must not be empty"),
     ("--share 1", "--share must be < 1"), ("--width 8.5", "--width must be <= 8"),
     ("--save-every 0", "--save-every"), ("--num-workers -1", "--num-workers")])
 def test_options_that_no_run_could_use(arguments, named):
@@ -383,8 +384,9 @@ def test_checkpoints_that_cannot_go_on_as_they_are(tmp_path, capsys):
         assert Run(run.folder).first == 5 and "4 ranks" in capsys.readouterr().out
         draws.append(torch.rand(2).tolist())
     assert draws[0] == draws[1]  # anew, by the seed
-    torch.save({**saved, "ema": {}}, path)
-    assert str(path) in error_of(Run, run.folder)
+    for crafted in ({"model": 3}, {"config": []}, {"rng": [None]}, {"optimizer": {"state": 1}}):
+        torch.save({**saved, **crafted}, path)
+        assert f"cannot read {path}" in error_of(Run, run.folder)
     torch.save(saved, path)
     content = path.read_bytes()
     where = content.index(saved["model"]["0.weight"].numpy().tobytes())
