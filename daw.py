@@ -23,6 +23,7 @@ Results, figures and all differences from the paper and the released code: .docs
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from common.backbones import checkpoint_activations, load_strictly, random_weigh
 from common.data import DataOptions, load_data, training_loader
 from common.evaluate import evaluate, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss
-from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, all_reduce_sum,
+from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, init_distributed, make_ema, mean_over_ranks, neighbour,
                             option, parse, require, run_main, update_ema, with_defaults)
 
@@ -292,20 +293,12 @@ def train(config: Config) -> None:
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * (1 if config.supervised else 2), config.tensorboard)
-    stop = StopSignal()
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, not config.supervised, config.num_workers)
 
-    def evaluate_now(step: int) -> None:
-        with stop.at_once(step):  # all is saved
-            results = evaluate(evaluated, data, config.eval_split, config.crop, device,
-                               config.num_workers)
-        if log.is_best(results):
-            checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
-        log.evaluation(step, results)
-
-    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
-        evaluate_now(start)
+    scores = partial(evaluate, evaluated, data, config.eval_split, config.crop, device,
+                     config.num_workers)
+    milestones = Milestones(checkpoint, log, config.save_every, evaluated, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if config.supervised:
@@ -329,14 +322,9 @@ def train(config: Config) -> None:
         if means := log.step(step, terms):
             more = {} if config.supervised else describe(statistics, config.threshold)
             log.write(step, {**means, **more})
-        due = step % (config.save_every or config.eval_every) == 0
-        if stop.requested(step) or due or log.evaluation_is_due(step):
-            checkpoint.save(step, log.pending)
-        stop.leave_if_requested(step)
-        if log.evaluation_is_due(step):
-            evaluate_now(step)
+        milestones.after(step)
 
-    stop.release()
+    milestones.stop.release()
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 

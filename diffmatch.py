@@ -23,6 +23,7 @@ The paper's literal command, its baselines, differences and results: .docs/diffm
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from common.backbones import checkpoint_activations, load_strictly, random_weigh
 from common.data import DataOptions, load_data, training_loader
 from common.evaluate import evaluate, write_sample_grid, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss, resize
-from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, all_reduce_sum,
+from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, init_distributed, mean_over_ranks, neighbour, option,
                             parse, run_main, with_defaults)
 
@@ -444,21 +445,13 @@ def train(config: Config) -> None:
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               2 * config.batch_size, config.tensorboard)
-    stop = StopSignal()
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
     names = ("strong_1",) if config.single_view else ("strong_1", "strong_2")
 
-    def evaluate_now(step: int) -> None:
-        with stop.at_once(step):  # all is saved
-            results = evaluate(sampler, data, config.eval_split, config.crop, device,
-                               config.num_workers)
-        if log.is_best(results):
-            checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
-        log.evaluation(step, results)
-
-    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
-        evaluate_now(start)
+    scores = partial(evaluate, sampler, data, config.eval_split, config.crop, device,
+                     config.num_workers)
+    milestones = Milestones(checkpoint, log, config.save_every, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.blur, names, 0.5 if config.cutmix else 0.0)
@@ -472,14 +465,9 @@ def train(config: Config) -> None:
 
         if means := log.step(step, terms):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0
-        if stop.requested(step) or due or log.evaluation_is_due(step):
-            checkpoint.save(step, log.pending)
-        stop.leave_if_requested(step)
-        if log.evaluation_is_due(step):
-            evaluate_now(step)
+        milestones.after(step)
 
-    stop.release()
+    milestones.stop.release()
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
     write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")

@@ -24,6 +24,7 @@ Data, results, tables and all differences from the paper and the released code: 
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations, pairwise, product
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from common.augment import IGNORE, to_float
 from common.backbones import load_strictly
 from common.medical import (VolumeData, VolumeInfo, VolumeOptions, evaluate_volumes, load_volumes,
                             slice_loader, write_sample_grid)
-from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, all_reduce_sum,
+from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, init_distributed, mean_over_ranks, option, parse, require,
                             run_main, say, with_defaults, world_size)
 
@@ -446,21 +447,13 @@ def train(config: Config) -> None:
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * len(streams), config.tensorboard, metric="dice")
-    stop = StopSignal()
     loader = slice_loader(data, config.crop, config.batch_size, config.seed, start,
                           config.iterations, device, not supervised, config.num_workers)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
 
-    def evaluate_now(step: int) -> None:
-        with stop.at_once(step):  # all is saved
-            files = getattr(data, config.eval_split)
-            results = evaluate_volumes(model, files, info, config.crop, device)
-        if log.is_best(results):
-            checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
-        log.evaluation(step, results)
-
-    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
-        evaluate_now(start)
+    scores = partial(evaluate_volumes, model, getattr(data, config.eval_split), info, config.crop,
+                     device)
+    milestones = Milestones(checkpoint, log, config.save_every, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         weak = to_float(torch.cat([batch[name] for name in streams]))  # labeled, then unlabeled
@@ -526,14 +519,9 @@ def train(config: Config) -> None:
             terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0
-        if stop.requested(step) or due or log.evaluation_is_due(step):
-            checkpoint.save(step, log.pending)
-        stop.leave_if_requested(step)
-        if log.evaluation_is_due(step):
-            evaluate_now(step)
+        milestones.after(step)
 
-    stop.release()
+    milestones.stop.release()
     if data.test:
         results = evaluate_volumes(model, data.test, info, config.crop, device)
         say(f"test list: dice {results['dice']:.2f}")

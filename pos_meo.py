@@ -23,6 +23,7 @@ Results, figures and all differences from the paper and UniMatch's code: .docs/p
 
 import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from common.data import DataOptions, load_data, training_loader
 from common.evaluate import data_options, evaluate, load_predictor, write_samples
 from common.figures import filter_normalized_direction
 from common.models import DPT, DeepLabV3Plus, hard_pixel_loss
-from common.runtime import (Checkpoint, Log, RunOptions, StopSignal, all_reduce_sum, bf16_is_fast,
+from common.runtime import (Checkpoint, Log, Milestones, RunOptions, all_reduce_sum, bf16_is_fast,
                             init_distributed, make_ema, mean_over_ranks, neighbour, option, parse,
                             require, run_main, update_ema, with_defaults, write_json)
 
@@ -329,20 +330,13 @@ def train(config: Config) -> None:
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               2 * config.batch_size, config.tensorboard)
-    stop, lowest = StopSignal(), torch.inf
+    lowest = torch.inf
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
 
-    def evaluate_now(step: int) -> None:
-        with stop.at_once(step):  # all is saved
-            results = evaluate(evaluated, data, config.eval_split, config.crop, device,
-                               config.num_workers)
-        if log.is_best(results):
-            checkpoint.write("best.pt", {"model": evaluated.state_dict(), "iteration": step})
-        log.evaluation(step, results)
-
-    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
-        evaluate_now(start)
+    scores = partial(evaluate, evaluated, data, config.eval_split, config.crop, device,
+                     config.num_workers)
+    milestones = Milestones(checkpoint, log, config.save_every, evaluated, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.blur)
@@ -383,14 +377,9 @@ def train(config: Config) -> None:
             log.write(step, means)
             lowest = min(lowest, means["loss_sup"])
             require(means["one_class"] < 1 or means["loss_sup"] < 3 * lowest, COLLAPSED)
-        due = step % (config.save_every or config.eval_every) == 0
-        if stop.requested(step) or due or log.evaluation_is_due(step):
-            checkpoint.save(step, log.pending)
-        stop.leave_if_requested(step)
-        if log.evaluation_is_due(step):
-            evaluate_now(step)
+        milestones.after(step)
 
-    stop.release()
+    milestones.stop.release()
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 

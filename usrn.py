@@ -26,6 +26,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ from common.data import Data, DataOptions, EvaluationSet, Sample, load_data, tra
 from common.evaluate import evaluate, write_samples
 from common.figures import colorize, sample_grid, save_indexed_png, voc_palette
 from common.models import ARCHITECTURES, hard_pixel_loss, resize
-from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, RunOptions, StopSignal, bf16_is_fast,
+from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, bf16_is_fast,
                             init_distributed, main_first, mean_over_ranks, option, parse, rank,
                             reading, require, run_main, say, with_defaults, world_size, write_json)
 
@@ -532,20 +533,12 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     start = checkpoint.load()
     log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
               config.batch_size * (2 if "OST" in parts else 1), config.tensorboard)
-    stop = StopSignal()
     loader = training_loader(labels or data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, "OST" in parts, config.num_workers)
 
-    def evaluate_now(step: int) -> None:
-        with stop.at_once(step):  # all is saved
-            results = evaluate(model, data, config.eval_split, config.crop, device,
-                               config.num_workers)
-        if log.is_best(results):
-            checkpoint.write("best.pt", {"model": model.state_dict(), "iteration": step})
-        log.evaluation(step, results)
-
-    if log.evaluation_is_due(start):  # a kill came between saving and evaluating
-        evaluate_now(start)
+    scores = partial(evaluate, model, data, config.eval_split, config.crop, device,
+                     config.num_workers)
+    milestones = Milestones(checkpoint, log, config.save_every, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, data.info.blur, parent_of)
@@ -558,14 +551,9 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
 
         if means := log.step(step, terms):
             log.write(step, means)
-        due = step % (config.save_every or config.eval_every) == 0
-        if stop.requested(step) or due or log.evaluation_is_due(step):
-            checkpoint.save(step, log.pending)
-        stop.leave_if_requested(step)
-        if log.evaluation_is_due(step):
-            evaluate_now(step)
+        milestones.after(step)
 
-    stop.release()
+    milestones.stop.release()
     write_samples(model, data, config.crop, device, folder / "samples.png")
     return model
 

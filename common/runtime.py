@@ -23,6 +23,7 @@ import time
 import types
 import typing
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -161,7 +162,7 @@ def parse(config_class, description: str | None = None, argv: list[str] | None =
     config = config_class(**vars(parser.parse_args(argv)))
     for field in fields:
         value = getattr(config, field.name)
-        usable = value != "" if isinstance(value, str | None) else abs(value) < 2**31  # nan is not
+        usable = value != "" if isinstance(value, str | None) else abs(value) < 2**62  # nan is not
         require(usable, f"{flags[field.name]} must not be {value or 'empty'}")
         for bound, limit in field.metadata["bounds"].items():
             sign, holds = BOUNDS[bound]
@@ -520,6 +521,37 @@ class StopSignal:
             sys.exit(128 + self.number)
 
 
+class Milestones:
+    """What may follow a step: saving, leaving after a signal, an evaluation with best.pt.
+
+    scores: evaluates, without arguments. evaluated: the network whose weights best.pt holds.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, log: "Log", save_every: int | None,
+                 evaluated: nn.Module, scores: Callable[[], dict]):
+        self.checkpoint, self.log, self.stop = checkpoint, log, StopSignal()
+        self.save_every = save_every or log.eval_every
+        self.evaluated, self.scores = evaluated, scores
+        if log.evaluation_is_due(log.start):  # a kill came between saving and evaluating
+            self.evaluate(log.start)
+
+    def after(self, step: int) -> None:
+        evaluates = self.log.evaluation_is_due(step)
+        if self.stop.requested(step) or evaluates or step % self.save_every == 0:
+            self.checkpoint.save(step, self.log.pending)
+        self.stop.leave_if_requested(step)
+        if evaluates:
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        with self.stop.at_once(step):  # all is saved
+            results = self.scores()
+        if self.log.is_best(results):
+            best = {"model": self.evaluated.state_dict(), "iteration": step}
+            self.checkpoint.write("best.pt", best)
+        self.log.evaluation(step, results)
+
+
 class Log:
     """metrics.jsonl, results.json and the terminal. Device scalars are read every `every` steps.
 
@@ -529,7 +561,7 @@ class Log:
 
     def __init__(self, checkpoint: Checkpoint, start: int, total: int, every: int, eval_every: int,
                  images_per_step: int, tensorboard: bool, metric: str = "miou"):
-        self.folder, self.total = checkpoint.folder, total
+        self.folder, self.start, self.total = checkpoint.folder, start, total
         self.every, self.eval_every = every, eval_every
         self.images_per_step, self.metric = images_per_step, metric
         self.pending = checkpoint.pending

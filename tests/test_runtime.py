@@ -17,8 +17,8 @@ from torch import nn
 
 import daw
 from common import runtime
-from common.runtime import Checkpoint, Log, RunOptions, StopSignal, UserError, option, parse
-from common.runtime import read_checkpoint, write_atomically
+from common.runtime import (Checkpoint, Log, Milestones, RunOptions, StopSignal, UserError, option,
+                            parse, read_checkpoint, write_atomically)
 from programs import assert_identical, on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
@@ -305,26 +305,24 @@ class Run:
 
     def train(self, until=20, evaluates=True) -> "Run":
         """Steps up to `until`; evaluates=False: killed between saving and evaluating."""
-        for step in range(self.first, until + 1):
-            if step > self.first:
-                loss = (self.model(torch.randn(6, 3)) - torch.randn(6, 4)).square().mean()
-                loss.backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.schedule.step()
-                runtime.update_ema(self.ema, self.model, 0.9)
-                means = self.log.step(step, {"loss": loss})
-                if means:
-                    self.log.write(step, means)
-                if step % 5 == 0:
-                    self.checkpoint.save(step, self.log.pending)
-            if self.log.evaluation_is_due(step) and (evaluates or step < until):
-                results = {"miou": float(self.ema[0].weight.sum().abs()), "iou": {"sky": None}}
-                if self.log.is_best(results):
-                    best = {"model": self.ema.state_dict(), "iteration": step}
-                    self.checkpoint.write("best.pt", best)
-                self.log.evaluation(step, results)
+        milestones = Milestones(self.checkpoint, self.log, 5, self.ema, self.scores)
+        for step in range(self.first + 1, until + 1):
+            loss = (self.model(torch.randn(6, 3)) - torch.randn(6, 4)).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.schedule.step()
+            runtime.update_ema(self.ema, self.model, 0.9)
+            if means := self.log.step(step, {"loss": loss}):
+                self.log.write(step, means)
+            if step == until and not evaluates:
+                self.checkpoint.save(step, self.log.pending)
+            else:
+                milestones.after(step)
         return self
+
+    def scores(self) -> dict:
+        return {"miou": float(self.ema[0].weight.sum().abs()), "iou": {"sky": None}}
 
 
 def lines_of(folder) -> list[dict]:
