@@ -5,6 +5,8 @@
     strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two
     harm           steps of pos_meo.py against the mean gradient of all labeled images, or of many
                    unlabeled ones: --checkpoint of a run with UniMatch V1
+    alignment      confidences and classes on unlabeled images without and with daw.py's alignment
+                   (Figure 5), beside those on labeled ones: --checkpoint of a run
     sampling       diffmatch.py at inference: its parts, 1 to 5 denoising steps, and DeepLabv3+
     kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
     rectification  training steps of diffrect.py without and with its rectifier
@@ -42,6 +44,7 @@ import diffmatch
 import pos_meo
 import usrn
 from common import medical
+from common.augment import IGNORE, normalize
 from common.data import DATASETS, Data, Sample, TrainingSet, load_data, training_loader
 from common.evaluate import data_options, evaluate, load_predictor
 from common.models import DeepLabV3Plus
@@ -179,6 +182,35 @@ def harm(sizes) -> None:
             f"{unsup} against the mean unsupervised one")
 
 
+@torch.inference_mode()
+def alignment(sizes) -> None:
+    """Of 60 batches of 8 + 8 weak crops. The gap: half the sum of |share - true share|."""
+    if not sizes.checkpoint:
+        return say("  needs --checkpoint")
+    model, config, info = load_predictor(sizes.checkpoint, "cpu")
+    data, both = load_data(data_options(config)), {"labeled": [], "unlabeled": []}
+    for batch in training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"),
+                                 num_workers=0):
+        for name, label in (("labeled", batch["label"]), ("unlabeled", batch["truth"])):
+            both[name].append((model(normalize(batch[name])).softmax(dim=1), label.long()))
+    both = {name: tuple(map(torch.cat, zip(*parts))) for name, parts in both.items()}
+    sums = [daw.class_sums(probs, label != IGNORE) for probs, label in both.values()]
+    means = [total[:-1] / total[-1] for total in sums]
+    probs, truth = both["unlabeled"]
+    both["aligned"] = daw.align_distribution(probs, *means), truth
+    true = torch.bincount(truth.flatten(), minlength=IGNORE + 1)[: info.num_classes].double()
+    for name, (probs, label) in both.items():
+        images, mean, square, _ = daw.confidence_sums(probs, label).unbind(dim=1)
+        mean, variance = mean / images, square / images - (mean / images) ** 2
+        fit = [value for pair in zip(mean, variance) for value in pair]
+        t_star = daw.optimal_threshold(*fit, info.num_classes)
+        right = (probs.argmax(dim=1) == label)[label != IGNORE].double().mean()
+        shares = daw.class_sums(probs, label != IGNORE)
+        gap = (shares[:-1] / shares[-1] - true / true.sum()).abs().sum() / 2
+        say(f"  {name:10} right {mean[0]:.3f} ± {variance[0].sqrt():.3f}, wrong {mean[1]:.3f} ± "
+            f"{variance[1].sqrt():.3f}, t* {t_star:.3f}, accuracy {right:.3f}, gap {gap:.4f}")
+
+
 def rectification(sizes) -> None:
     candidates = {"FixMatch": ["--model", "fixmatch"], "DiffRect": ["--warmup", "0"]}
     compare_trainings("diffrect", candidates, sizes, PHANTOM)
@@ -305,7 +337,8 @@ def distances(sizes) -> None:
 
 
 SUBJECTS = {function.__name__: function for function in (
-    loader, step, strategies, harm, sampling, kmeans, rectification, evaluation, distances)}
+    loader, step, strategies, harm, alignment, sampling, kmeans, rectification, evaluation,
+    distances)}
 
 
 def main() -> None:
