@@ -39,7 +39,7 @@ from common.figures import filter_normalized_direction
 from common.models import DPT, DeepLabV3Plus, hard_pixel_loss
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, all_reduce_sum, bf16_is_fast,
                             init_distributed, make_ema, mean_over_ranks, neighbour, option, parse,
-                            require, run_main, update_ema, with_defaults, write_json)
+                            require, run_main, say, update_ema, with_defaults, write_json)
 
 BASELINES = {"unimatch_v1": DeepLabV3Plus, "unimatch_v2": DPT}
 STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
@@ -304,6 +304,8 @@ def train(config: Config) -> None:
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
     fixed = config.strategy == "fixed"
     require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
+    if pareto and config.warmup >= config.iterations:
+        say(f"--warmup is {config.warmup}: all {config.iterations} steps are uniform")
 
     torch.manual_seed(config.seed)
     model = BASELINES[config.baseline](config.backbone, data.info.num_classes, config.weights)

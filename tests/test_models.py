@@ -74,7 +74,10 @@ def test_a_step_trains_every_parameter_and_logits_are_float32_in_bf16(network, b
 def test_sizes_are_the_published_ones(backbone, weights, classes, parameters):
     with torch.device("meta"):
         model = DeepLabV3Plus(backbone, classes, weights)
+        small = DeepLabV3Plus("mobilenet_v2", classes, "none")
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    rates = [branch[0].dilation[0] for branch in model.aspp.branches]
+    assert rates == [branch[0].dilation[0] for branch in small.aspp.branches] == [1, 6, 12, 18]
 
 
 @pytest.mark.parametrize("network, side", [(DeepLabV3Plus, 16), (PSPNet, 4)])

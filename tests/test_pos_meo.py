@@ -435,6 +435,8 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
     assert lines_of(parts) == lines and [line["iteration"] for line in lines] == [1, 2, 3, 4]
     error = program(*SECOND, "--output", whole, "--strategy", "pos")[2]
     assert "other options (--strategy pos_meo)" in error
+    out = program(*SECOND, "--output", tmp_path / "uniform", "--warmup", 4)[1]
+    assert "--warmup is 4: all 4 steps are uniform" in out
 
     # Around a checkpoint's weights, which are those of the teacher, as in training's evaluation.
     monkeypatch.setattr(pos_meo, "DISTANCES", [-0.5, 0.0, 0.5])
