@@ -8,6 +8,8 @@
     alignment      confidences and classes on unlabeled images without and with daw.py's alignment
                    (Figure 5), beside those on labeled ones: --checkpoint of a run
     sampling       diffmatch.py at inference: its parts, 1 to 5 denoising steps, and DeepLabv3+
+    feedback       mIoU of diffmatch.py by steps and by what they are shown of the last prediction;
+                   of one pass without a mask, with a true and with a wrong one: --checkpoint
     kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
     rectification  training steps of diffrect.py without and with its rectifier
     evaluation     scores of 500x375 images, whole and by sliding window, beside the network alone
@@ -45,9 +47,10 @@ import pos_meo
 import usrn
 from common import medical
 from common.augment import IGNORE, normalize
-from common.data import DATASETS, Data, Sample, TrainingSet, load_data, training_loader
-from common.evaluate import data_options, evaluate, load_predictor
-from common.models import DeepLabV3Plus
+from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, load_data,
+                         training_loader)
+from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
+from common.models import DeepLabV3Plus, resize
 from common.runtime import bf16_is_fast, init_distributed, parse, require, run_main, say
 
 CLASSES = 21
@@ -286,6 +289,41 @@ def sampling(sizes) -> None:
         say(f"  {name}: {counter.get_total_flops() / 2e9:.2f} G multiplications")
 
 
+@torch.inference_mode()
+def feedback(sizes) -> None:
+    if not sizes.checkpoint:
+        return say("  needs --checkpoint")
+    device = init_distributed()[2]
+    sampler, config, info = load_predictor(sizes.checkpoint, device)
+    model, data, seed = sampler.model, load_data(data_options(config)), config["noise_seed"]
+    for shown in ("own", "softmax", "nothing"):
+        scores = []
+        for steps in (1, 2, 3, 5):
+            network = diffmatch.Sampler(model, steps, config["time_difference"], seed, shown)
+            network.eval()
+            results = evaluate(network, data, "val", config["crop"], device, num_workers=0)
+            scores.append(f"{results['miou']:.1f}")
+        say(f"  {shown:8} fed back, steps 1, 2, 3, 5: {', '.join(scores)}")
+
+    torch.manual_seed(seed)
+    confusion = torch.zeros(4, info.num_classes, info.num_classes, dtype=torch.int64)
+    for item in EvaluationSet(data.val, data.root, info.num_classes):
+        z, label = model(normalize(item["image"][None].to(device))), item["label"][None].long()
+        true = diffmatch.downsample(label, z.shape[2:]).to(device)
+        wrong = torch.where(true == IGNORE, true, (true + 1) % info.num_classes)
+        noise, zero = torch.randn_like(model.encode(true)), torch.zeros_like(model.encode(true))
+        masks = [(zero, 1.0), (noise, 1.0)]
+        masks += [(diffmatch.add_noise(model.encode(mask), 0.1, noise), 0.1)
+                  for mask in (true, wrong)]
+        for row, (y_t, t) in zip(confusion, masks):
+            logits = model(denoise=(z, y_t, torch.full((1,), t, device=device)))
+            prediction = resize(logits, label.shape[1:]).argmax(dim=1).cpu()
+            row += confusion_matrix(prediction, label, info.num_classes)
+    scores = [f"{name} {100 * mean_iou(counts):.1f}" for name, counts in zip(
+        ("zeros at t = 1", "noise at t = 1", "true mask at t = 0.1", "wrong one"), confusion)]
+    say(f"  one pass: {', '.join(scores)}")
+
+
 def made_up_features(points: int, channels: int) -> torch.Tensor:
     """[N, D], as of a class after a ReLU: 40 groups of very different size, correlated noise."""
     generator = torch.Generator().manual_seed(0)
@@ -337,8 +375,8 @@ def distances(sizes) -> None:
 
 
 SUBJECTS = {function.__name__: function for function in (
-    loader, step, strategies, harm, alignment, sampling, kmeans, rectification, evaluation,
-    distances)}
+    loader, step, strategies, harm, alignment, sampling, feedback, kmeans, rectification,
+    evaluation, distances)}
 
 
 def main() -> None:
