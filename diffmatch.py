@@ -28,7 +28,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common.augment import IGNORE, cutmix, cutmix_boxes, normalize, strong_augment, to_float
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
@@ -434,7 +433,7 @@ def train(config: Config) -> None:
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
     if world_size > 1:
-        network = DDP(network, **KEEP_BUFFERS)
+        network = nn.parallel.DistributedDataParallel(network, **KEEP_BUFFERS)
     groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)

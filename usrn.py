@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common.augment import IGNORE, normalize, strong_augment, to_float
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
@@ -517,7 +516,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     both.to(device, memory_format=torch.channels_last)
     network = torch.compile(both) if config.compile else both
     if world_size() > 1:
-        network = DDP(network, **KEEP_BUFFERS)
+        network = nn.parallel.DistributedDataParallel(network, **KEEP_BUFFERS)
     groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
     if subclass_model:
         groups += subclass_model.parameter_groups(config.lr, config.head_lr_multiplier)

@@ -224,7 +224,6 @@ def load_predictor(path: str | Path, device: torch.device | str, changes: dict |
     method's script makes of the EMA's weights, where there are some. `changes` replaces values
     of the config. Raises UserError for whatever is wrong with the file or the changes.
     """
-    path = Path(path)
     checkpoint = read_checkpoint(path)
     with reading(path):
         method, config = checkpoint["method"], {**checkpoint["config"], **(changes or {})}

@@ -287,7 +287,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path):
+def reading(path: str | Path):
     """Around reading one file: whatever a damaged or missing one raises becomes a UserError."""
     try:
         yield
@@ -343,7 +343,7 @@ def read_tensors(path: str | Path):
             raise UserError(f"{path} is no PyTorch file, or holds more than tensors") from error
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint's content, on the CPU."""
     checkpoint = read_tensors(path)
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
