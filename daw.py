@@ -1,17 +1,18 @@
 """DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation
 Sun et al., NeurIPS 2023.
 
-A pseudo label is trusted by a weight f(p) of its confidence p. A wrong one that is used costs E1, a
-right one that is thrown away costs E2. Fit the confidences of right and of wrong predictions on
-*labeled* pixels by two truncated Gaussians g+ and g-: of all steps f(p) = 1[p >= t], the one at t*,
-where g+ overtakes g-, minimises E1 + E2. The threshold follows the network as it learns.
+A pseudo label is trusted by a weight f(p) of its confidence p. E1 is the mean weight of wrong ones,
+E2 what right ones lack of weight 1, however common each kind is. Confidences of right and of wrong
+predictions on *labeled* pixels give the means and variances of two truncated Gaussians g+ and g-:
+of all steps f(p) = 1[p >= t], the one at t*, where g+ overtakes g-, minimises their E1 + E2.
 
     Eq. 1, 2    supervised loss, weighted loss      supervised_loss, weighted_loss
-    Eq. 3-6     the two Gaussians, EMA              confidence_sums, Statistics
+    Eq. 3, 4    the two Gaussians                   gaussian_mass
+    Eq. 5, 6    their means and variances, EMA      confidence_sums, Statistics
     Eq. 7-9     E1, E2                              tradeoff
     Eq. 10, 11  t*                                  optimal_threshold
-    Eq. 12      distribution alignment              align_distribution
-    Eq. 13      the loss of a step                  daw_loss
+    Eq. 12      distribution alignment              class_sums, Statistics, align_distribution
+    Eq. 13      L_u of a step, aligned labels       daw_loss
 
 Run
     python daw.py                                              embedded data, minutes on a laptop
@@ -48,7 +49,7 @@ class Config(DataOptions, RunOptions):
     weighting: str = option("daw", "f(p) of Table 1; daw: a step at t*", choices=WEIGHTINGS)
     align: bool = option(True, "distribution alignment of --weighting daw, Eq. 12")
     threshold: float | None = option(None, "of --weighting fixed", low=0, below=1)
-    stats_momentum: float = option(0.99, "m of Eq. 6", low=0, below=1)
+    stats_momentum: float = option(0.99, "m of Eq. 6 and of the means of Eq. 12", low=0, below=1)
     views: int = option(3, "UniMatch's; 1: one strong view, as FixMatch", choices=(1, 3))
     supervised: bool = option(False, "labeled images only")
     strong_labeled: bool = option(False, "with --supervised: the strong view of labeled images")
@@ -66,30 +67,30 @@ class Config(DataOptions, RunOptions):
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
 
-def truncated_gaussian_mass(low, high, mean, std) -> Tensor:
-    """Probability of [low, high] under a Gaussian; on [1/C, 1]: 1/alpha (1/beta) of Eq. 3, 4."""
+def gaussian_mass(low, high, mean, std) -> Tensor:
+    """Probability of [low, high] under a Gaussian; on [1/C, 1]: 1/alpha or 1/beta of Eq. 3, 4."""
     return torch.special.ndtr((high - mean) / std) - torch.special.ndtr((low - mean) / std)
 
 
 def optimal_threshold(mu_pos, var_pos, mu_neg, var_neg, num_classes: int) -> Tensor:
-    """t* of Eq. 11, 0-d float64: the confidence in [1/C, 1] at which g+ overtakes g-."""
+    """t* of Eq. 11, 0-d float64: the confidence in [1/C, 1] at which g+ overtakes g-, or 1/C."""
     mu_pos, var_pos, mu_neg, var_neg = (torch.as_tensor(value, dtype=torch.float64)
                                         for value in (mu_pos, var_pos, mu_neg, var_neg))
     low = 1 / num_classes
     std_pos, std_neg = var_pos.sqrt(), var_neg.sqrt()
-    alpha = 1 / truncated_gaussian_mass(low, 1, mu_pos, std_pos)
-    beta = 1 / truncated_gaussian_mass(low, 1, mu_neg, std_neg)
+    alpha = 1 / gaussian_mass(low, 1, mu_pos, std_pos)
+    beta = 1 / gaussian_mass(low, 1, mu_neg, std_neg)
     # g+ > g-  <=>  beta_1 p^2 + beta_2 p + beta_3 > 0
     beta_1 = var_pos - var_neg
     beta_2 = 2 * (mu_pos * var_neg - mu_neg * var_pos)
     log_ratio = torch.log(alpha * std_neg / (beta * std_pos))
     beta_3 = var_pos * mu_neg**2 - var_neg * mu_pos**2 + 2 * var_pos * var_neg * log_ratio
-    root = (beta_2**2 - 4 * beta_1 * beta_3).sqrt()  # nan without a crossing
+    root = (beta_2**2 - 4 * beta_1 * beta_3).sqrt()
     # The same root twice; the first form does not divide by beta_1, 0 for equal variances.
     crossing = torch.where(beta_2 > 0, -2 * beta_3 / (beta_2 + root),
                            (root - beta_2) / (2 * beta_1))
-    inside = (crossing >= low) & (crossing <= 1)  # False for nan
-    # Without a crossing all labels and none are equally good, E1 + E2 = 1 for both: use all.
+    inside = (crossing >= low) & (crossing <= 1)  # False for nan: equal Gaussians
+    # Where g+ never overtakes g-, no step beats all labels and none, E1 + E2 = 1 for both: use all.
     return torch.where(inside, crossing, torch.full_like(crossing, low))
 
 
@@ -99,7 +100,7 @@ def tradeoff(weight, mu_pos, var_pos, mu_neg, var_neg, num_classes: int) -> tupl
     weights = torch.as_tensor(weight((edges[1:] + edges[:-1]) / 2), dtype=torch.float64)
 
     def expectation(mean: float, variance: float) -> float:
-        mass = truncated_gaussian_mass(edges[:-1], edges[1:], mean, math.sqrt(variance))
+        mass = gaussian_mass(edges[:-1], edges[1:], mean, math.sqrt(variance))
         return float((weights * mass).sum() / mass.sum())
 
     return expectation(mu_neg, var_neg), 1 - expectation(mu_pos, var_pos)
@@ -113,8 +114,11 @@ def align_distribution(probs: Tensor, labeled_mean: Tensor, unlabeled_mean: Tens
 
 def pseudo_label_weight(confidence: Tensor, weighting: str, threshold) -> Tensor:
     """f(p) of Table 1, in [0, 1]; threshold: t* for daw."""
-    soft = {"none": torch.ones_like(confidence), "power": confidence**2}
-    return soft[weighting] if weighting in soft else (confidence >= threshold).to(confidence.dtype)
+    if weighting == "none":
+        return torch.ones_like(confidence)
+    if weighting == "power":
+        return confidence**2
+    return (confidence >= threshold).to(confidence.dtype)
 
 
 def confidence_sums(probs: Tensor, label: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def class_sums(probs: Tensor, counted: Tensor) -> Tensor:
 
 
 class Statistics(nn.Module):
-    """Running mu+-, sigma+-^2 (Eq. 6) and the class means of Eq. 12, for the checkpoint too."""
+    """Running mu+-, sigma+-^2 (Eq. 6) and class means (Eq. 12), float64; in checkpoints."""
 
     def __init__(self, num_classes: int, momentum: float):
         super().__init__()
@@ -148,15 +152,17 @@ class Statistics(nn.Module):
         ones = torch.ones(2, dtype=torch.float64)
         self.register_buffer("mean", ones / num_classes)  # [mu+, mu-]
         self.register_buffer("variance", ones.clone())
+        # E_l, E_u of Eq. 12
         self.register_buffer("class_mean", ones[:, None].repeat(1, num_classes) / num_classes)
 
     def update(self, labeled_probs: Tensor, label: Tensor, probs: Tensor, valid: Tensor) -> None:
-        """Eq. 5, 6 on the global batch: probabilities [B, C, H, W] of labeled and weak images."""
+        """Eq. 5, 6, 12 on the global batch: probabilities [B, C, H, W] of labeled, weak images."""
         classes = [class_sums(labeled_probs, label != IGNORE), class_sums(probs, valid)]
         sums = torch.cat([confidence_sums(labeled_probs, label), torch.stack(classes)], dim=1)
         sums = all_reduce_sum(sums)  # of all ranks in one message: [2, 4 + C + 1]
+        # Rows: right and wrong pixels in the first four columns, labeled and weak ones after them.
         images, mean_sum, square_sum, pixels = sums[:, :4].unbind(dim=1)
-        mean = mean_sum / images.clamp(min=1)  # Eq. 5
+        mean = mean_sum / images.clamp(min=1)  # Eq. 5, of the images that have such pixels
         variance = (square_sum / images.clamp(min=1) - mean**2).clamp(min=0)
         variance = variance * pixels / (pixels - 1).clamp(min=1)  # unbiased, Eq. 6
         enough, counted = pixels >= 10, sums[:, -1:]  # fewer say nothing about a distribution
@@ -211,14 +217,17 @@ def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dic
 
 def daw_loss(network, views: dict, statistics: Statistics, weighting: str, threshold: float,
              align: bool, ohem: float, num_views: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
-    """One step through Eq. 1-13: (loss, terms for the log). Updates the statistics."""
+    """A step, (L_s + L_u) / 2 of Eq. 1 and 13, and terms for the log. Updates the statistics.
+
+    views: see `make_views`. threshold: of "fixed"; "daw" takes t*.
+    """
     size, images = len(views["weak"]), torch.cat([views["labeled"], views["weak"]])
     if num_views == 1:  # FixMatch, Pseudo-Label
         logits, logits_strong = network(images), network(views["strong_1"])
     else:
         logits, logits_perturbed = network(images, perturb=size)
         logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]))
-    logits_labeled, logits_weak = logits.split([len(logits) - size, size])
+    logits_labeled, logits_weak = logits.split([len(views["labeled"]), size])
 
     with torch.no_grad():
         probs = logits_weak.float().softmax(dim=1)
@@ -236,7 +245,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     if num_views == 3:  # UniMatch's: two strong ones, and the weak one with perturbed features
         loss_perturbed = weighted_loss(logits_perturbed, pseudo_label, weight, views["valid"])
         loss_unsup = 0.5 * loss_unsup + 0.5 * loss_perturbed
-    loss = 0.5 * (loss_sup + loss_unsup)  # the paper writes their sum
+    loss = 0.5 * (loss_sup + loss_unsup)  # as UniMatch; the paper writes their sum
     terms = {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup,
              "used": weight.sum() / mean_over_ranks(views["valid"].sum())}
     if "truth" in views:  # for the log only
