@@ -1,5 +1,6 @@
 """DiffMatch: Towards Unbiased Learning in Semi-Supervised Semantic Segmentation
-Sun et al., ICLR 2025. The denoiser is that of Ji et al., "DDP", ICCV 2023, without feed-forward.
+Sun et al., ICLR 2025. The denoiser is that of Ji et al., "DDP", ICCV 2023, without feed-forward and
+positions.
 
 Segmentation as conditional generation. A feature extractor g sees the image once; a light mask
 denoiser f turns pure noise into the label map in a few steps, guided by the features. It learns as
@@ -7,12 +8,12 @@ diffusion models do: a label map (ground truth, or the network's own pseudo labe
 from noise) is written as real numbers, mixed with noise at a random time t and predicted back. A
 debiased adjustment pulls predictions towards what they would be if all classes were as frequent.
 
-    Eq. 1, 3    schedule, forward diffusion             log_snr, alpha_bar, add_noise
-    Alg. 3      DDIM sampling                           ddim_step, sample
-    Eq. 9       debiased adjustment, p(y_0)             debias_penalty, ClassPrior
-    Alg. 2      labels as real numbers                  LabelEncoding
-    Sec. 3.2    g and f                                 DiffMatch: DeepLabV3Plus, MaskDenoiser
-    Eq. 6-11    a step (Algorithm 1)                    pseudo_labels, view_loss, diffmatch_loss
+    Alg. 2, Eq. 3   schedule, forward diffusion         log_snr, alpha_bar, add_noise
+    Alg. 3          DDIM sampling                       ddim_step, sample
+    Eq. 9           debiased adjustment, p(y_0)         debias_penalty, ClassPrior
+    Alg. 2          labels as real numbers              LabelEncoding
+    Sec. 3.2        g and f                             DiffMatch: DeepLabV3Plus, MaskDenoiser
+    Eq. 6, 10, 11   a step (Algorithm 1)                pseudo_labels, view_loss, diffmatch_loss
 
 Run
     python diffmatch.py                                              embedded data, on a laptop
@@ -45,20 +46,20 @@ class Config(DataOptions, RunOptions):
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
     encoding: str = option("embedding", "of labels (Algorithm 2)", choices=("embedding", "bits"))
-    mask_channels: int | None = option(None, "0: no mask (256, Algorithm 3; embedded: 32)", low=0)
+    mask_channels: int | None = option(None, "0: no mask (256, Alg. 3; embedded data: 32)", low=0)
     mask_start: str = option("zero", "of f's weights for y_t", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
     tau: float = option(0.1, "weight of the adjustment, Eq. 9 (Table 9); 0: none", low=0)
     adjustment: str = option("scaled", "f / (C p) of Eq. 9", choices=("scaled", "printed"))
     prior_momentum: float = option(0.99, "of the class prior of pseudo labels", low=0, below=1)
-    threshold: float | None = option(None, "least confidence of a pseudo label", low=0, below=1)
+    threshold: float | None = option(None, "of pseudo labels; not the paper's", low=0, below=1)
     pseudo_steps: int = option(1, "denoising steps of a pseudo label", low=1)
     steps: int = option(3, "denoising steps at inference (Table 5)", low=1)
-    time_difference: int = option(1, "td of Algorithm 3: steps that the noise is ahead", low=0)
+    time_difference: int = option(1, "td of Algorithm 3: by so many steps y_t is less noisy", low=0)
     feedback: str = option("own", "of a step to the next", choices=("own", "softmax", "nothing"))
     noise_seed: int = option(0, "of the noise that inference starts from", low=0)
     single_view: bool = option(False, "one strong view, as in Eq. 6, not UniMatch's three")
-    cutmix: bool = option(True, "CutMix between strong views, as UniMatch")
+    cutmix: bool = option(True, "CutMix between strong views, UniMatch's")
     discriminative: bool = option(False, "baseline of Table 5: the same layers, no noisy mask")
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
@@ -93,10 +94,11 @@ def add_noise(y0: Tensor, t, noise: Tensor) -> Tensor:
 
 
 def ddim_step(y_t: Tensor, y0: Tensor, t_now: float, t_next: float) -> Tensor:
-    """Algorithm 3: from y_t at t_now > 0 to t_next, for the predicted, encoded y0 [B, K, h, w]."""
-    level = alpha_bar(t_now)
-    noise = (y_t - level.sqrt() * y0) / (1 - level).sqrt()
-    return add_noise(y0, t_next, noise)  # printed: the noise at its level of t_now
+    """Algorithm 3: from y_t, taken to be at t_now, to t_next, for the predicted, encoded y0
+    [B, K, h, w]."""
+    signal = alpha_bar(t_now)
+    noise = (y_t - signal.sqrt() * y0) / (1 - signal).sqrt()
+    return add_noise(y0, t_next, noise)  # printed: noise scaled as at t_now
 
 
 @torch.no_grad()
@@ -110,11 +112,13 @@ def sample(model, z: Tensor, noise: Tensor, steps: int, time_difference: int = 1
         t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
         t = torch.full((len(z),), t_now, device=z.device)
         logits = model(denoise=(z, y_t, t))
+        predictions.append(logits)
+        if step + 1 == steps:
+            break
         y0 = model.encode(logits.argmax(dim=1)) * (feedback == "own")
         if feedback == "softmax":
             y0 = torch.einsum("bchw,ck->bkhw", logits.softmax(dim=1), model.encode.codes()[:-1])
         y_t = ddim_step(y_t, y0, t_now, t_next)
-        predictions.append(logits)
     return torch.stack(predictions)
 
 
@@ -122,7 +126,8 @@ def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
                    adjustment: str = "scaled") -> Tensor:
     """tau t |f - f / (C p(y_0))|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B].
     scaled: f / (C p) is made to sum to one and a constant for the gradient, which thus moves
-    probability from head to tail classes. printed: neither."""
+    probability from head to tail classes. printed: neither, which moves it away from tail classes.
+    """
     probs = logits.softmax(dim=1)
     debiased = probs / (len(class_prior) * class_prior).to(probs).view(1, -1, 1, 1)
     if adjustment == "scaled":
@@ -132,7 +137,7 @@ def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
 
 class ClassPrior(nn.Module):
     """p(y_0) of labels, fixed, and of pseudo labels, which starts there and follows them: [C] each.
-    counts: labeled pixels [C]; a class without any keeps 1/C, which adjusts nothing. least: of p.
+    counts: labeled pixels [C]; a class without any keeps 1/C, neither head nor tail. least: of p.
     """
 
     def __init__(self, counts: Tensor, momentum: float, least: float = 1e-4):
@@ -145,7 +150,7 @@ class ClassPrior(nn.Module):
         self.register_buffer("pseudo_labels", prior.clone())
 
     def update(self, pseudo_label: Tensor) -> None:
-        """With a step's pseudo labels [B, H, W], int64 with 255 = ignore, of all ranks."""
+        """With this rank's pseudo labels of a step, [B, H, W], int64 with 255 = ignore."""
         counts = all_reduce_sum(class_counts(pseudo_label, len(self.known)))
         shares = counts / counts.sum().clamp(min=1)
         average = torch.lerp(shares, self.pseudo_labels, self.momentum).clamp(min=self.least)
@@ -219,7 +224,7 @@ class MaskDenoiser(nn.Module):
         super().__init__()
         self.fuse = nn.Linear(mask_channels + channels, channels)  # a 1x1 convolution
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")  # as Ji et al.
-        if mask_start == "zero":  # not in the paper; else z starts under a layer of noise
+        if mask_start == "zero":  # ours: otherwise noise is added to z from the first step on
             self.fuse.weight.data[:, :mask_channels] = 0
         wide = 4 * channels
         self.frequencies = nn.Parameter(torch.randn(8))  # of time, whose embedding is Ji et al.'s
@@ -247,7 +252,7 @@ class LabelEncoding(nn.Module):
         self.num_classes, self.scale = num_classes, scale
         if kind == "embedding" or channels == 0:  # Algorithm 2
             self.embedding = nn.Parameter(torch.randn(num_classes + 1, channels))
-        else:  # Section 3.4: the class's binary digits, of which the sigmoid is 0 or 1
+        else:  # Section 3.4: the class's binary digits, as +-inf, whose sigmoid is 1 or 0
             digits = torch.arange(math.ceil(math.log2(num_classes + 1)))
             bits = torch.arange(num_classes + 1)[:, None] >> digits & 1
             self.register_buffer("embedding", (2 * bits - 1) * math.inf, persistent=False)
@@ -263,8 +268,9 @@ class LabelEncoding(nn.Module):
 
 
 class DiffMatch(nn.Module):
-    """forward(images [B, 3, H, W]): g -> z [B, D, H/4, W/4]; with perturb=k also the last k images'
-    z under channel dropout. forward(denoise=(z, y_t, t)): f -> logits [B, C, H/4, W/4]."""
+    """forward(images [B, 3, H, W]): g -> z [B, D, H/4, W/4]; with perturb=k also z of the last k
+    images, whose encoder's features lose channels. forward(denoise=(z, y_t, t)): f -> logits
+    [B, C, H/4, W/4]; a second forward of one module, as DDP sees only such calls."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
                  encoding: str = "embedding", mask_channels: int = 256, mask_start: str = "zero",
@@ -324,16 +330,15 @@ def make_views(batch: dict, crop: int, blur: tuple, names: tuple, p: float) -> d
     return views
 
 
-@torch.no_grad()
 def pseudo_labels(model: DiffMatch, z: Tensor, valid: Tensor, config: Config) -> Tensor:
     """Eq. 6: weak features z and pure noise -> int64 [B, 2, H, W] with 255 = ignore: the label of
-    all `valid` pixels, and that of the confident ones."""
+    all `valid` pixels; that of confident ones, by UniMatch's threshold, which the paper lacks."""
     noise = torch.randn(len(z), model.encode.channels, *z.shape[2:], device=z.device)
     logits = sample(model, z, noise, config.pseudo_steps, config.time_difference, config.feedback)
     logits = resize(logits[-1], valid.shape[1:])
     confidence, label = logits.softmax(dim=1).max(dim=1)
     label = torch.where(valid, label, IGNORE)
-    used = torch.where(confidence >= config.threshold, label, IGNORE)  # the baseline's
+    used = torch.where(confidence >= config.threshold, label, IGNORE)
     return torch.stack([label, used], dim=1)
 
 
@@ -346,8 +351,9 @@ def downsample(label: Tensor, size: torch.Size) -> Tensor:
 
 def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, config: Config,
               ohem: float = 0.0) -> Tensor:
-    """Eq. 10, 11 of one view: logits [B, C, H, W], prior [C], t [B]; target [B, 2, H, W]: labels as
-    of `pseudo_labels`. A mean over the pixels of the first one, all of which Eq. 9 adjusts."""
+    """Eq. 10, 11 of one view, whose L2 loss is the cross entropy (Section 3.4), besides Eq. 9's:
+    logits [B, C, H, W], prior [C], t [B]; target [B, 2, H, W]: labels as of `pseudo_labels`. Sums
+    of cross entropy of the second, by OHEM its hard pixels, and of Eq. 9 of the first, / pixels."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
     loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, used, ohem) if ohem else loss.sum()
@@ -362,7 +368,7 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
     size, single_view = len(views["weak"]), len(names) == 1
     images = torch.cat([views["labeled"], views["weak"]])
     strong = torch.cat([views[name] for name in names])
-    if single_view:  # as in the paper: features are dropped in the strong view itself
+    if single_view:  # as in the paper, channels are dropped in the strong view itself
         z, (_, z_strong) = network(images), network(strong, perturb=size)
     else:  # UniMatch's three views: perturbed features of the weak one, two strong ones
         z, z_perturbed = network(images, perturb=size)
@@ -371,14 +377,13 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
 
     pseudo = pseudo_labels(model, z_weak, views["valid"], config)
     partner = neighbour(pseudo)
-    truth = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # labels are all used
+    truth = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # all are used
     targets = [truth] if single_view else [truth, pseudo]
     targets += [cutmix(views[name + "_boxes"], pseudo, partner) for name in names]
 
     # One pass of the denoiser for all views; each image of each has a time and noise of its own.
     z = torch.cat([z_labeled, z_strong])
-    t = torch.ones(len(z), device=z.device)
-    t = t if config.discriminative else torch.rand_like(t)
+    t = (torch.ones if config.discriminative else torch.rand)(len(z), device=z.device)
     y0 = model.encode(downsample(torch.cat(targets)[:, 0], z.shape[2:]))
     y_t = add_noise(y0, t, torch.randn_like(y0, memory_format=torch.contiguous_format))  # faster
     logits = resize(network(denoise=(z, y_t, t)), images.shape[2:])

@@ -12,9 +12,11 @@ into better ones, which the U-Net learns from. Only the U-Net is used afterwards
     Eq. 4         classes as colours far apart (SCS)     semantic_colors, color_masks
     Eq. 5         embedding of a coloured mask           Rectifier.embed
     Eq. 6         calibration guidance tau (CG)          dice_coefficient, calibration_guidance
-    Eq. 8, 10     the denoiser                           Denoiser
-    Eq. 9, 11     S2W and W2G, losses of latents         Rectifier.forward
+    Eq. 8-11      S2W and W2G, losses of latents         Denoiser, Rectifier.forward
     Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
+Not as printed, but as released: the denoiser predicts the clean latent, and variances are fixed;
+Eq. 9, 11 are mean squares, whose targets have no gradient; pseudo labels' weight rises, rectified
+ones are used after a warm-up.
 
     python diffrect.py                                     embedded phantom
     python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
@@ -44,7 +46,7 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOption
 
 MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
 GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none", "released")
-TAU_SCALE = 1000  # tau is embedded like a time step of 0 to 1000
+TAU_SCALE = 1000  # tau in [0, 1] is embedded as DDPM embeds its 1000 steps
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Config(VolumeOptions, RunOptions):
     rules: str = option("paper", "of pseudo labels and their loss, tau, lambda_1, reverse steps",
                         choices=("paper", "released"))
     strong_labeled: bool = option(False, "with --model supervised: the strong view of slices")
-    s2w: bool = option(True, "strong-to-weak transport on unlabeled slices, Eq. 9")
+    s2w: bool = option(True, "unlabeled slices: strong-to-weak, Eq. 9, and its masks")
     w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
     colors: bool = option(True, "semantic colours (SCS); off: grey levels")
     guidance: str | None = option(None, "tau (CG), Table 5 (dice; released)", choices=GUIDANCE)
@@ -63,7 +65,7 @@ class Config(VolumeOptions, RunOptions):
     consistency: float | None = option(None, "weight of pseudo labels, once it has risen", low=0)
     rampup: int | None = option(None, "iterations in which it rises", low=0)
     warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
-    rectify_weight: float | None = option(None, "weight of rectified labels, Eq. 13", low=0)
+    rectify_weight: float | None = option(None, "of rectified labels (there 1), Eq. 13", low=0)
     batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
     channels: int | None = option(None, "of the first level of both networks", low=1)
     crop: int | None = option(None, "slices are resized to crop x crop, a multiple of 64", low=1)
@@ -122,16 +124,16 @@ def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = Fal
     classes = torch.arange(1 - background, num_classes, device=a.device)[:, None, None]
     known = ((a != IGNORE) & (b != IGNORE))[:, None]
     a, b = (a[:, None] == classes) & known, (b[:, None] == classes) & known
-    both, total = (a & b).sum(dim=(2, 3)), a.sum(dim=(2, 3)) + b.sum(dim=(2, 3))  # [B, C - 1]
+    both, total = (a & b).sum(dim=(2, 3)), a.sum(dim=(2, 3)) + b.sum(dim=(2, 3))  # [B, classes]
     values = both / (total - both).clamp(min=1) if jaccard else 2 * both / total.clamp(min=1)
     occurring = (total > 0).sum(dim=1)
     return torch.where(occurring > 0, values.sum(dim=1) / occurring.clamp(min=1), 1.0)
 
 
 def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: int) -> Tensor:
-    """tau of Eq. 6 and Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2].
+    """tau of Eq. 6, Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2].
 
-    released: 1 - Dice, with background, of the batch as one map.
+    none: of Table 4. released: 1 - Dice, with background, of this rank's slices as one map.
     """
     dice = dice_coefficient(coarse, fine, num_classes)
     jaccard = dice_coefficient(coarse, fine, num_classes, jaccard=True)
@@ -143,7 +145,8 @@ def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: i
 
 
 def cosine_alpha_bar(steps: int) -> Tensor:
-    """alpha-bar of steps 0 (clean: 1) to T, float64 [T + 1]: Nichol and Dhariwal 2021, Eq. 17."""
+    """alpha-bar of steps 0 (clean: 1) to T, float64 [T + 1]: Nichol and Dhariwal 2021, Eq. 17, with
+    beta at most 0.999."""
     phase = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
     f = torch.cos(phase).square()
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -155,8 +158,10 @@ def add_noise(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
     return alpha_bar.sqrt() * z0 + (1 - alpha_bar).sqrt() * noise
 
 
-def reverse_step(z_t, z0, alpha_bar, alpha_bar_next, noise=None) -> Tensor:
-    """Eq. 3, 12, given the predicted z0; without noise (their eta) it is DDIM's, as released."""
+def reverse_step(z_t: Tensor, z0: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor,
+                 noise: Tensor | None = None) -> Tensor:
+    """Eq. 3, 12, given the predicted z0; noise: their eta, N(0, I). Without it, as released, the
+    step is DDIM's. Latents [B, D, h, w]; alpha_bar 0-d, of this step and of the one it leads to."""
     epsilon = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
     if noise is None:
         return add_noise(z0, alpha_bar_next, epsilon)
@@ -166,8 +171,8 @@ def reverse_step(z_t, z0, alpha_bar, alpha_bar_next, noise=None) -> Tensor:
 
 
 def ramp(iteration: int, length: int) -> float:
-    """exp(-5 (1 - k / K)^2) up to iteration K = length, 1 after it (Laine and Aila 2017)."""
-    return math.exp(-5 * (1 - min(iteration / max(length, 1), 1)) ** 2)
+    """exp(-5 (1 - k / K)^2) up to iteration K = length, then 1 (Laine and Aila 2017)."""
+    return math.exp(-5 * (1 - min(iteration / length, 1)) ** 2) if length else 1.0
 
 
 # ---------------------------------------------------------------- networks
@@ -296,7 +301,8 @@ class Rectifier(nn.Module):
         self.register_buffer("colors", colors, False)
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
-        """B_sem of Eq. 5: features of five levels, the slices' own (Section 3.1) added to each."""
+        """B_sem of Eq. 5: features of five levels, the slices' own added to each (Section 3.1
+        concatenates; here as released)."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, of_slices)
 
@@ -320,19 +326,21 @@ class Rectifier(nn.Module):
     def rectify(self, labels: Tensor, slices: Tensor, tau: Tensor, released=False) -> Tensor:
         """Label maps -> logits [B, C, S, S] of better ones, recovered from pure noise (Eq. 12).
 
-        released: in steps T and 1 only, without noise; clean latents are clamped.
+        In training, batch norms take the batch's statistics, and update the running ones; dropout
+        is off. released: in steps T and 1 only, without noise; clean latents are clamped.
         """
         training = self.training
-        self.train(training and self.batch_statistics)  # for batch norms; dropout is off
+        self.train(training and self.batch_statistics)
         for part in self.modules():
-            part.training &= not isinstance(part, nn.Dropout)
+            if isinstance(part, nn.Dropout):
+                part.eval()
         guidance = self.guidance(TAU_SCALE * tau)
         features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
         if self.denoiser is not None:
             condition, alpha_bar = features.pop(), self.alpha_bar
             latent = torch.randn_like(condition, dtype=torch.float32)  # r_l of step T
-            steps = range(len(alpha_bar) - 1, -1, -1)
-            for step, following in pairwise((steps[0], 1, 0) if released else steps):
+            last = len(alpha_bar) - 1
+            for step, following in pairwise((last, 1, 0) if released else range(last, -1, -1)):
                 clean = self.denoiser(latent, condition, torch.full_like(tau, step)).float()
                 clean = clean.clamp(-1, 1) if released else clean
                 noise = None if released else torch.randn_like(latent)
@@ -386,9 +394,9 @@ def mask_loss(logits: Tensor, label: Tensor, used: Tensor, valid: Tensor, dice=T
     probs = logits.float().softmax(dim=1) * used[:, None]
     truth = F.one_hot(torch.where(used, label, 0), logits.shape[1]).movedim(3, 1) * used[:, None]
     sums = torch.stack([probs * truth, probs.square() + truth]).sum(dim=(1, 3, 4))  # [2, C]
-    # Each rank then has the same loss; its gradient is multiplied, as DDP takes the mean of ranks.
+    # Each rank then has the same Dice; its gradient is multiplied, as DDP takes the mean of ranks.
     total = all_reduce_sum(sums.detach().clone())
-    both, squares = sums * world_size() + (total - sums.detach() * world_size())
+    both, squares = total + (sums - sums.detach()) * world_size()
     return loss + (1 - (2 * both + 1e-5) / (squares + 1e-5)).mean()
 
 
@@ -396,7 +404,8 @@ def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
     """L_Semi of Eq. 13 on unlabeled slices, as in FixMatch: CE of `used` pixels.
 
     strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: Dice too, and the
-    complementary loss of SSL4MIS: weak's least likely class is to be unlikely in strong.
+    complementary loss of SSL4MIS: weak's least likely class is to be unlikely in strong (there,
+    too, a softmax of 1 - p; its weight is of each rank's slices).
     """
     loss = mask_loss(strong, label, used, valid, dice=released)
     if not released:
@@ -467,7 +476,8 @@ def train(config: Config) -> None:
         loss, terms = loss_sup, {"loss_sup": loss_sup}  # from here on Seg Loss of Eq. 13
         if not supervised:
             valid = batch["valid"]
-            inside, threshold = torch.cat([known, valid]), config.threshold  # of turned slices
+            # Outside of turned slices labels are IGNORE, and `valid` of unlabeled ones is False.
+            inside, threshold = torch.cat([known, valid]), config.threshold
             masks_weak, used = pseudo_labels(logits_weak, inside, threshold, released)
             masks_strong, _ = pseudo_labels(logits_strong, inside, threshold, released)
             pseudo_label, used = masks_weak[size:], used[size:]
@@ -476,7 +486,7 @@ def train(config: Config) -> None:
             weight = config.consistency * ramp(step - 1, config.rampup)
             loss = loss + weight * loss_unsup
             terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
-            masks = {"pseudo_dice": pseudo_label}
+            maps = {"pseudo_dice": pseudo_label}
         if rectifies:
             coarse, fine, slices = masks_strong, masks_weak, strong  # Eq. 9: strong to weak
             if config.w2g:  # Eq. 11: weak to truth
@@ -494,7 +504,8 @@ def train(config: Config) -> None:
             terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
             if config.s2w:
                 loss_decoded_u = fixmatch_loss(logits[size:], *of_weak, released)
-                loss_latent_u, lambda_1 = latent_loss[size:].mean(), weight if released else 1
+                loss_latent_u = latent_loss[size:].mean()
+                lambda_1 = weight if released else 1
                 loss_diff = loss_diff + weight * loss_decoded_u + lambda_1 * loss_latent_u
                 terms |= {"loss_decoded_u": loss_decoded_u, "loss_latent_u": loss_latent_u}
             loss_diff.backward()
@@ -508,14 +519,14 @@ def train(config: Config) -> None:
                 rectified, _ = pseudo_labels(logits, valid, threshold, released)
                 loss_rectified = mask_loss(logits_weak[size:], rectified, valid, valid)  # Eq. 14
                 loss = loss + config.rectify_weight * loss_rectified
-                terms["loss_rectified"], masks["rectified_dice"] = loss_rectified, rectified
+                terms["loss_rectified"], maps["rectified_dice"] = loss_rectified, rectified
         # For all losses of the U-Net; the released code makes two steps, one for rectified labels.
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
 
-        for name, labels in masks.items() if "truth" in batch else ():  # for the log only
+        for name, labels in maps.items() if "truth" in batch else ():  # for the log only
             terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)
@@ -528,14 +539,14 @@ def train(config: Config) -> None:
         log.write_results(test=results)
 
     def label_maps(slices: Tensor) -> list[Tensor]:
-        maps = [model(slices).argmax(dim=1)]
-        if rectifies:
-            tau = calibration_guidance(config.guidance, *2 * maps, classes)  # there is one view
-            maps.append(rectifier.rectify(*maps, slices, tau, released).argmax(dim=1))
-        return maps
+        label = model(slices).argmax(dim=1)
+        if not rectifies:
+            return [label]
+        tau = calibration_guidance(config.guidance, label, label, classes)  # there is one view
+        return [label, rectifier.rectify(label, slices, tau, released).argmax(dim=1)]
 
-    for network in checkpoint.models:
-        network.eval()  # running statistics: here one slice is a batch
+    for part in checkpoint.models:
+        part.eval()  # running statistics, unlike in training: here one slice is a batch
     captions = ["image", "label", "prediction", "rectified"][: 3 + rectifies]
     write_sample_grid(label_maps, captions, data, config.crop, device, folder / "samples.png")
 

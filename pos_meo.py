@@ -1,21 +1,22 @@
 """POS + MEO: Two Losses, One Goal: Balancing Conflict Gradients for Semi-supervised Semantic
 Segmentation. Sun et al., ICCV 2025.
 
-The supervised and the unsupervised loss are summed with equal weights by everyone, but their
-gradients g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the
-shortest vector between g_s and g_u instead (the minimum-norm point): to first order no step along
-it harms either loss of the batch. It is itself short; MEO gives it the uniform step's length back.
+The supervised and the unsupervised loss are mostly summed with equal weights, but their gradients
+g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the shortest
+vector between g_s and g_u instead (the minimum-norm point): to first order no step along it harms
+either loss of the batch. It is short; MEO gives it the length of the mean back. All this is said of
+gradients: momentum, the head's learning rate and AdamW come after it.
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
-    Eq. 4       uniform and fixed weights             integration_weights
-    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pos_weight
-    Eq. 13      magnitude enhancement (MEO)           magnification; integrate_gradients
+    Eq. 4, 5    h = w_s g_s + w_u g_u                 integration_weights, Gradients.integrate
+    Eq. 6       minimum-norm weights (POS)            minimum_norm_weight; pos_weight
+    Eq. 13      magnitude enhancement (MEO)           magnification
     Fig. 1, 3   conflict, norms, alpha                gradient_statistics
     Fig. 5      loss and mIoU around the weights      landscape; --landscape a/latest.pt,b/latest.pt
 
 Run
     python pos_meo.py                                              embedded data, on a laptop
-    python pos_meo.py --dataset pascal --labeled 92 --download     one GPU
+    python pos_meo.py --dataset pascal --labeled 92 --warmup 0     the paper's; else 5 % are uniform
     torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --labeled 92 --baseline unimatch_v2
 Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5).
 Results, figures and all differences from the paper and UniMatch's code: .docs/pos_meo.md
@@ -51,7 +52,7 @@ CHUNK = 2**20  # of a gradient, whose float64 copies stay small
 DISTANCES = [step / 10 for step in range(-10, 11)]  # of the landscape
 DIRECTIONS, LANDSCAPE_BATCHES = 3, 6
 
-# UniMatch V2's recipe where it differs from the data set's, which is UniMatch V1's.
+# UniMatch V2's recipe (folder, shapes: ours) where it differs from the data set's, UniMatch V1's.
 VIT = {"backbone": "dinov2_s", "crop": 518, "epochs": 60, "batch_size": 16, "lr": 5e-6,
        "head_lr_multiplier": 40, "threshold": 0.95}
 UNIMATCH_V2 = {"pascal": VIT, "folder": VIT, "coco": {**VIT, "epochs": 20},
@@ -61,13 +62,13 @@ UNIMATCH_V2 = {"pascal": VIT, "folder": VIT, "coco": {**VIT, "epochs": 20},
 
 @dataclass
 class Config(DataOptions, RunOptions):
-    """What touches learning; None: as the data set's recipe in common/data.py has it."""
+    """What touches learning; None: as the brackets say, or the recipe in common/data.py."""
 
     baseline: str = option("unimatch_v1", "V2: ViT, DPT, EMA teacher", choices=tuple(BASELINES))
     strategy: str = option("pos_meo", "how gradients are integrated", choices=STRATEGIES)
     alpha_unsup: float | None = option(None, "of --strategy fixed", low=0, high=1)
     warmup: int | None = option(None, "uniform steps first (5 % of a recipe; embedded 50 %)", low=0)
-    cap: float = option(1.0, "alpha_u of POS at most; below 1: ours", low=0.5, high=1)
+    cap: float = option(1.0, "of alpha_u, where it does no harm; below 1: ours", low=0.5, high=1)
     threshold: float | None = option(None, "gamma of Eq. 2", low=0, below=1)
     measure: bool = option(True, "both gradients at logged steps of uniform and fixed, too")
     landscape: str | None = option(None, "no training: Figure 5 of these checkpoints (commas)")
@@ -105,14 +106,14 @@ def minimum_norm_weight(ss: Tensor, su: Tensor, uu: Tensor) -> Tensor:
 
 
 def pos_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
-    """alpha_u that POS takes, 0-d: Eq. 6 but for two rules of ours.
+    """alpha_u that POS takes after the warm-up, 0-d: Eq. 6 but for two more rules of ours.
 
     A gradient that vanishes (no confident pixel) must not stop the other loss: the uniform step.
     With `cap`, what Eq. 6 has above it is lowered, as long as that does not harm L_unsup.
     """
     conflict = su.clamp(max=0)
-    harmless = -conflict / (uu - conflict)  # there <h, g_u> is 0
-    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(max=cap).clamp(min=harmless)
+    least = -conflict / (uu - conflict)  # there <h, g_u> is 0, below it L_unsup is harmed
+    alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(max=cap).clamp(min=least)
     vanishing = torch.minimum(ss, uu) <= ROUNDING**2 * torch.maximum(ss, uu)
     return torch.where(vanishing, 0.5, alpha_unsup)
 
@@ -124,7 +125,7 @@ def length(products: Tensor, w_sup: Tensor | float, w_unsup: Tensor | float) -> 
 
 
 def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
-    """lambda of Eq. 13, 0-d; 0 at a Pareto-stationary point: opposite gradients, a zero step."""
+    """lambda of Eq. 13, 0-d; 0 for opposite gradients, whose shortest mean is zero."""
     taken = length(products, 1 - alpha_unsup, alpha_unsup)
     stationary = taken <= ROUNDING * torch.minimum(products[0], products[2]).sqrt()
     return torch.where(stationary, 0.0, length(products, 0.5, 0.5) / taken)
@@ -142,28 +143,30 @@ def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | No
 
 
 def pareto_weights(g_sup: Tensor, g_unsup: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha_s, alpha_u) of Eq. 6 for flat gradients [P]: 0-d float64, without a host sync."""
+    """(alpha_s, alpha_u) of POS for flat gradients [P], to be used elsewhere: 0-d float64."""
     return tuple(integration_weights(inner_products(g_sup, g_unsup), "pos"))
 
 
 def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=True) -> Tensor:
-    """h of Eq. 5, with MEO of Eq. 13: flat [P]; <h, g_s> and <h, g_u> are not negative."""
+    """h of Eq. 5, with MEO of Eq. 13, to be used elsewhere: flat [P]; <h, g_s> and <h, g_u> are not
+    negative, unless one of the two vanishes."""
     strategy = "pos_meo" if magnitude_enhancement else "pos"
     weights = integration_weights(inner_products(g_sup, g_unsup), strategy).to(g_sup.dtype)
     return weights[SUP] * g_sup + weights[UNSUP] * g_unsup
 
 
 def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Figures 1 and 3, for a step along weights[0] g_s + weights[1] g_u; 0-d tensors.
+    """Figures 1 and 3, for h = weights[0] g_s + weights[1] g_u; 0-d tensors.
 
-    alpha_unsup, lambda: Eq. 6, 13 (no cap), whatever was done. harmful: a step against a gradient.
+    alpha_unsup, lambda: of `pos_weight` without a cap, Eq. 13, whatever was done. harmful: h is
+    against a gradient. remark_1: g_u is the shorter one, which is why alpha_unsup > 0.5 (Eq. 9).
     """
     ss, su, uu = products
     alpha = pos_weight(ss, su, uu)
 
     def min_cosine(w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
-        along = torch.stack([w_sup * ss + w_unsup * su, w_sup * su + w_unsup * uu])
-        norms = length(products, w_sup, w_unsup) * torch.stack([ss, uu]).sqrt()
+        along = w_sup * products[:2] + w_unsup * products[1:]  # <h, g_s>, <h, g_u>
+        norms = length(products, w_sup, w_unsup) * products[::2].sqrt()
         return torch.where(norms > 0, along / norms, 0.0).min()
 
     uniform, taken = min_cosine(0.5, 0.5), min_cosine(*weights)
@@ -171,7 +174,7 @@ def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
     return {"cosine": cosine, "norm_sup": ss.sqrt(), "norm_unsup": uu.sqrt(), "alpha_unsup": alpha,
             "lambda": magnification(products, alpha), "min_cosine_uniform": uniform,
             "min_cosine": taken, "conflict": cosine < 0, "harmful_uniform": uniform < -ROUNDING,
-            "harmful": taken < -ROUNDING, "remark_1": uu < ss, "remark_2": alpha > 0.5}
+            "harmful": taken < -ROUNDING, "remark_1": uu < ss}
 
 
 class Gradients:
@@ -185,7 +188,7 @@ class Gradients:
         self.parameters = [value for value in model.parameters() if value.requires_grad]
         sizes = [value.numel() for value in self.parameters]
         self.flat = self.parameters[0].new_zeros(rows, sum(sizes))
-        # In the parameters' own memory format, as the fused optimizers want it.
+        # In the parameters' own memory format, as optimizers that treat many at once want it.
         self.views = [[piece.as_strided(value.shape, value.stride())
                        for piece, value in zip(row.split(sizes), self.parameters)]
                       for row in self.flat]
@@ -199,9 +202,9 @@ class Gradients:
         for parameter, view in zip(self.parameters, self.views[row]):
             parameter.grad = view
 
-    def average_over_ranks(self) -> None:
+    def average_over_ranks(self, rows: int) -> None:
         if torch.distributed.is_initialized():
-            all_reduce_sum(self.flat).div_(torch.distributed.get_world_size())
+            all_reduce_sum(self.flat[:rows]).div_(torch.distributed.get_world_size())
 
     def integrate(self, weights: Tensor) -> None:
         """Make weights[0] g_s + weights[1] g_u the parameters' gradient."""
@@ -256,7 +259,8 @@ def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dic
 def unimatch_v1_losses(network, views: dict, threshold: float, ohem: float) -> tuple[Tensor, ...]:
     """(L_sup, L_unsup, pseudo label, used) of UniMatch V1, whose teacher is the student itself.
 
-    Labeled and weak images share batch-norm statistics: by these L_sup has a gradient in both.
+    Labeled and weak images share batch statistics, so that the losses share a graph: backward of
+    L_sup must retain it.
     """
     size = len(views["weak"])
     logits, logits_perturbed = network(torch.cat([views["labeled"], views["weak"]]), perturb=size)
@@ -276,7 +280,7 @@ def unimatch_v2_losses(network, teacher, views: dict, threshold: float,
         pseudo_label, used = pseudo_labels(teacher(views["weak"]), views["valid"], threshold)
     size, channels = len(views["weak"]), teacher.encoder.dim
     mask = 2.0 * torch.randint(2, (size, channels), device=used.device)  # 0 or 2
-    whole = torch.rand(size, 1, device=used.device) < 0.5  # half of the images keep all channels
+    whole = torch.rand(size, 1, device=used.device) < 0.5  # such an image keeps all channels
     masks = torch.cat([torch.where(whole, 1.0, mask), torch.where(whole, 1.0, 2 - mask)])
     loss_sup = supervised_loss(network(views["labeled"]), views["label"], ohem)
     logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]), masks)
@@ -357,7 +361,7 @@ def train(config: Config) -> None:
         if strategy.startswith("pos") or config.measure and step % config.log_every == 0:
             gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph
             gradients.backward(loss_unsup, UNSUP)
-            gradients.average_over_ranks()
+            gradients.average_over_ranks(rows=2)
             products = inner_products(*gradients.flat)
             weights = integration_weights(products, strategy, config.alpha_unsup, config.cap)
             gradients.integrate(weights)
@@ -365,7 +369,7 @@ def train(config: Config) -> None:
         else:  # one traversal gives the weighted sum
             alpha = config.alpha_unsup if strategy == "fixed" else 0.5
             gradients.backward((1 - alpha) * loss_sup + alpha * loss_unsup, SUP)
-            gradients.average_over_ranks()
+            gradients.average_over_ranks(rows=1)
         optimizer.step()
         schedule.step()
         if config.ema_decay:
@@ -378,7 +382,8 @@ def train(config: Config) -> None:
         if means := log.step(step, terms):
             log.write(step, means)
             lowest = min(lowest, means["loss_sup"])
-            require(means["one_class"] < 1 or means["loss_sup"] < 3 * lowest, COLLAPSED)
+            collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * lowest
+            require(not (pareto and collapsed), COLLAPSED)
         milestones.after(step)
 
     milestones.stop.release()
@@ -394,7 +399,8 @@ def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) ->
 
 @torch.no_grad()
 def landscape(config: Config) -> None:
-    """Figure 5: loss and mIoU around the weights of checkpoints, along the same directions.
+    """Figure 5: loss and mIoU around the weights of checkpoints, along the same random draws, each
+    as long as the checkpoint's own filters.
 
     (L_sup + L_unsup) / 2 of fixed batches, in evaluation mode; L_unsup on the strong views alone,
     with the pseudo labels of the unmoved weights.

@@ -97,7 +97,7 @@ def select(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """[B, C, ...] -> [B, ...] in [0, 1]: divided by log C."""
+    """Shannon's, [B, C, ...] -> [B, ...] in [0, 1]: divided by log C."""
     return torch.special.entr(probs).sum(dim=1) / math.log(probs.shape[1])
 
 
@@ -107,8 +107,9 @@ def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, rule: str)
     probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub. "paper": entropy and class of M(p*), the
     sums over parents; "released": entropy of p*, and the parent of the likeliest subclass.
     """
-    seen = parent_of[sub_probs.argmax(dim=1)]
-    if rule == "paper":
+    if rule == "released":
+        seen = parent_of[sub_probs.argmax(dim=1)]
+    else:
         sub_probs = subclasses_to_parents(sub_probs, parent_of, probs.shape[1])
         seen = sub_probs.argmax(dim=1)
     return entropy(sub_probs) < entropy(probs), seen
@@ -117,24 +118,31 @@ def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, rule: str)
 def regularize(probs: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
     """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class `seen` alone.
 
-    With gamma >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in
-    another class is below one half.
+    Selected from afterwards, as Eq. 4 prints it; Eq. 6 has S around F_sub's class alone. With
+    gamma >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in another
+    class is at most one half.
     """
     is_seen = F.one_hot(seen, probs.shape[1]).movedim(-1, 1)
     return torch.where(gate.unsqueeze(1), is_seen * probs, probs)
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
-    """Eq. 2, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
+    """L_ce of Eq. 2, a mean over labeled pixels, with OHEM (ours, for F) over the hard ones.
+
+    logits [B, C, H, W], label [B, H, W], 255 = ignore.
+    """
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
-def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-    """Eq. 4, 5, a mean over valid pixels: logits [B, C, H, W], the others [B, H, W]."""
+def weighted_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, cells: Tensor) -> Tensor:
+    """L_ce of Eq. 4, 5, 7: a sum over used cells by the number of all valid ones, `cells`.
+
+    logits [B, C, h, w], the others [B, h, w].
+    """
     loss = F.cross_entropy(logits.float(), pseudo_label, reduction="none")
-    return (loss * weight).sum() / mean_over_ranks(valid.sum())
+    return (loss * used).sum() / cells
 
 
 class USRN(nn.Module):
@@ -221,7 +229,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
 
     with torch.no_grad():
         valid = at_cells(views["valid"], logits_weak.shape[2:])
-        pixels = mean_over_ranks(valid.sum())
+        num_cells = mean_over_ranks(valid.sum())
         probs = regularized = logits_weak.softmax(dim=1)
         own_label, confident = select(probs, threshold)
         if "USR" in parts:
@@ -230,20 +238,21 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
             if "EGM" in parts:
                 gate, seen = entropy_gate(probs, sub_probs, parent_of, config.gate)
             regularized = regularize(probs, seen, gate)  # Eq. 4, 6
-        # Where the gate is closed: F's own pseudo label (the paper says no back-propagation).
+        # Where the gate is closed: F's own pseudo label. The paper stops "the back-propagation",
+        # by Eq. 3 and 6 that of all pseudo labels there, by Section 1 the learning with subclasses.
         pseudo_label, used = select(regularized, threshold)
         used, vetoed = used & valid, confident & valid & ~used
-    terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, valid)  # Eq. 4, 7
+    terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, num_cells)  # Eq. 7
     loss = loss + config.lambda_u * terms["loss_unsup"]
-    terms["used"] = used.sum() / pixels
+    terms["used"] = used.sum() / num_cells
     if "USR" in parts:
-        terms |= {"gate": (gate & valid).sum() / pixels, "vetoed": vetoed.sum() / pixels}
+        terms |= {"gate": (gate & valid).sum() / num_cells, "vetoed": vetoed.sum() / num_cells}
     if "SST" in parts:
         sub_label, sub_used = select(sub_probs, threshold)
         sub_used = sub_used & valid
-        terms["loss_unsup_sub"] = weighted_loss(sub_logits_strong, sub_label, sub_used, valid)
+        terms["loss_unsup_sub"] = weighted_loss(sub_logits_strong, sub_label, sub_used, num_cells)
         loss = loss + config.lambda_u * config.lambda_sub * terms["loss_unsup_sub"]  # Eq. 5, 8
-        terms["used_sub"] = sub_used.sum() / pixels
+        terms["used_sub"] = sub_used.sum() / num_cells
     if "truth" in views:  # for the log only
         truth = at_cells(views["truth"], logits_weak.shape[2:])
         labels = [("f_sub", seen, valid)] if "USR" in parts else []
@@ -264,8 +273,8 @@ BLOCK = 16384  # points of which larger copies are made at once
 def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=True) -> Tensor:
     """[N, D] on the CPU -> clusters int64 [N], whose sizes differ by at most one if `balanced`.
 
-    Lloyd's, on a part of the points, as many as centroids need, until these hardly move, then two
-    steps on all.
+    Lloyd's, on a part of the points, as many as centroids need, until these hardly move or for 30
+    steps, then at most two steps on all.
     """
     centroids = spread_centroids(features, num_clusters, torch.Generator().manual_seed(seed))
     price, enough = torch.zeros(num_clusters), max(8192, 128 * num_clusters)
@@ -383,7 +392,7 @@ def shortest_paths(edge: np.ndarray, start: np.ndarray, tolerance: float) -> tup
 
 
 def class_balance_rate(counts: Tensor) -> float:
-    """CBR of Eq. 9 for the pixels of each class [C], in [0, 1]; nan where it is 0 / 0."""
+    """CBR of Eq. 9 for the pixels or cells of each class [C], in [0, 1]; nan where it is 0 / 0."""
     counts = counts.double()
     worst = counts.sum() * (len(counts) - 1) ** 0.5 / len(counts)  # the deviation of (N, 0, ..., 0)
     return float(1 - counts.std(correction=0) / worst)
@@ -407,7 +416,7 @@ def subclass_counts(pixels: Tensor, most: int) -> Tensor:
 def extract_features(model: nn.Module, data: Data, device: torch.device) -> tuple:
     """Of the cells of all labeled images: features float16 [N, D], labels [N]; each image's (h, w).
 
-    A cell is a mean of 2 x 2 features (PSPNet: one): stride 8 with ResNets.
+    A cell is a mean of 2 x 2 features (PSPNet: one): stride 8 with ResNets, of PSPNet 16.
     """
     model.eval()
     features, labels, grids = [], [], []
@@ -440,8 +449,10 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
         if len(members):
             own = features[members]
             clusters = balanced_kmeans(own, count, seed, balanced)
-            centroids = cluster_means(own, clusters, torch.full((count, own.shape[1]), 1e4))
-            table[:, parent] += squared_distances(features, centroids).argmin(dim=1).byte()
+            centroids = cluster_means(own, clusters, torch.zeros(count, own.shape[1]))
+            distances = squared_distances(features, centroids)
+            distances[:, torch.bincount(clusters, minlength=count) == 0] = math.inf
+            table[:, parent] += distances.argmin(dim=1).byte()
             table[members, parent] = (first + clusters).byte()
             sizes[first : first + count] = torch.bincount(clusters, minlength=count)
 
@@ -453,9 +464,10 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
         found = of_class[cell, label.long().clamp(max=len(counts) - 1)]  # [H, W]
         map_ = torch.where(label == IGNORE, label, found)
         save_indexed_png(map_, voc_palette(), file)
-        rows.append((item["image"], label, colorize(map_, voc_palette())))
+        if len(rows) < 6:
+            rows.append((item["image"], label, colorize(map_, voc_palette())))
     picture, captions = files[0].with_name("subclasses.png"), ("image", "label", "subclasses")
-    sample_grid(rows[:6], data.info.classes, data.info.palette, picture, captions)
+    sample_grid(rows, data.info.classes, data.info.palette, picture, captions)
     cbr, sub_cbr = class_balance_rate(pixels), class_balance_rate(sizes)
     say(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} "
         f"subclasses; class balance rate {100 * cbr:.1f} % -> {100 * sub_cbr:.1f} %")
@@ -483,8 +495,8 @@ def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor
         parent_of = torch.tensor(made["parent_of"])
     require((made["clustering"], made["most"]) == (config.clustering, most),
             f"{folder} is of other --clustering or --max-subclasses: take another --output")
-    masks = [str(file.resolve()) for file in files]
-    labeled = [Sample(sample.image, mask) for sample, mask in zip(data.labeled, masks)]
+    labeled = [Sample(sample.image, str(file.resolve()))
+               for sample, file in zip(data.labeled, files)]
     info = replace(data.info, classes=tuple(map(str, range(len(parent_of)))))
     return parent_of.to(device), replace(data, labeled=labeled, info=info)
 

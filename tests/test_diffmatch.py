@@ -381,7 +381,7 @@ def step_of_rank(rank, ranks):
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         patch.setattr(torch, "randn", lambda *size, device: torch.zeros(size, device=device))
         patch.setattr(torch, "randn_like", torch.zeros_like)
-        patch.setattr(torch, "rand_like", lambda t: torch.full_like(t, 0.4))
+        patch.setattr(torch, "rand", lambda size, device: torch.full((size,), 0.4, device=device))
         prior, loss, terms = step(stub, views)
     return [loss, terms["used"], stub.mix.grad, prior.pseudo_labels]
 
