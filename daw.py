@@ -331,9 +331,9 @@ def train(config: Config) -> None:
         if means := log.step(step, terms):
             more = {} if config.supervised else describe(statistics, config.threshold)
             log.write(step, {**means, **more})
-        milestones.after(step)
+        milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()
+    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 

@@ -469,9 +469,9 @@ def train(config: Config) -> None:
 
         if means := log.step(step, terms):
             log.write(step, means)
-        milestones.after(step)
+        milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()
+    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
     write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")

@@ -530,9 +530,9 @@ def train(config: Config) -> None:
             terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)
-        milestones.after(step)
+        milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()
+    milestones.stop.release()  # from here on a signal just ends the process
     if data.test:
         results = evaluate_volumes(model, data.test, info, config.crop, device)
         say(f"test list: dice {results['dice']:.2f}")

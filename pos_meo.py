@@ -384,9 +384,9 @@ def train(config: Config) -> None:
             lowest = min(lowest, means["loss_sup"])
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * lowest
             require(not (pareto and collapsed), COLLAPSED)
-        milestones.after(step)
+        milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()
+    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 

@@ -562,9 +562,9 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
 
         if means := log.step(step, terms):
             log.write(step, means)
-        milestones.after(step)
+        milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()
+    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(model, data, config.crop, device, folder / "samples.png")
     return model
 
