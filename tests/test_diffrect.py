@@ -573,6 +573,47 @@ def test_variants_train(name, hearts, tmp_path, keep_signal_handlers):
         assert 1e-3 < unlabeled and line["loss_latent_u"] > 0 or k == 0
 
 
+WEAK, STRONG, RECTIFIED, GREY = 1, 2, 3, 0.25
+
+
+@pytest.mark.parametrize("options", [[], ["--no-w2g"]])
+def test_who_goes_where(options, hearts, tmp_path, monkeypatch, keep_signal_handlers):
+    """Label maps that say whose they are, strong views that are grey: what each part is shown."""
+    made, learned = iter([WEAK, STRONG, RECTIFIED]), []
+
+    def marked(logits, inside, *rest):
+        return torch.full(inside.shape, next(made)), inside
+
+    def noted(function, calls):
+        def call(*arguments, **options):
+            calls.append(arguments)
+            return function(*arguments, **options)
+        return call
+
+    transports, rectified, rectifier = [], [], diffrect.Rectifier
+    monkeypatch.setattr(diffrect, "pseudo_labels", marked)
+    monkeypatch.setattr(diffrect, "strong_view", lambda slices, info: slices * 0 + GREY)
+    monkeypatch.setattr(diffrect, "mask_loss", noted(diffrect.mask_loss, learned))
+    monkeypatch.setattr(rectifier, "forward", noted(rectifier.forward, transports))
+    monkeypatch.setattr(rectifier, "rectify", noted(rectifier.rectify, rectified))
+    diffrect.train(configured(*SHORT, "--iterations", "1", "--warmup", "0", "--data-root", hearts,
+                              "--output", tmp_path, *options))
+    truth = learned[0][1]
+    assert len(truth.unique()) > 2 and len(truth) == 2
+    for (_, label, *_), expected in zip(learned, (truth, WEAK, truth, WEAK, RECTIFIED)):
+        assert (label == expected).all()
+    _, coarse, fine, slices, tau = transports[0]
+    assert (coarse[2:] == STRONG).all() and (fine[2:] == WEAK).all() and (slices[2:] == GREY).all()
+    assert (tau[2:] == 0).all()  # Dice of a map of ones and a map of twos
+    if options:
+        assert (coarse == STRONG).all() and (fine == WEAK).all() and (slices == GREY).all()
+    else:
+        assert (coarse[:2] == WEAK).all() and torch.equal(fine[:2], truth)
+        assert slices[:2].std() > 0.1 and (tau[:2] > 0).all()
+    _, labels, slices, guidance, _ = rectified[0]
+    assert (labels == WEAK).all() and slices.std() > 0.1 and torch.equal(guidance, tau)
+
+
 BAD = [
     (["--crop", "96"], "--crop must be a multiple of 64"),
     (["--no-s2w", "--no-w2g"], "--model lcc"),
@@ -605,6 +646,7 @@ def test_what_is_left_to_the_recipes(hearts):
     assert (config.lr, config.channels) == (0.5, 8)
     assert (config.consistency, config.rectify_weight) == (1, 0.3)
     assert (config.rampup, config.warmup) == (360, 360) and options.rampup is None
+    assert diffrect.ramp(0, 0) == diffrect.ramp(7, 5) == 1 > 0.007 > diffrect.ramp(0, 5)
 
 
 # ---------------------------------------------------------------- ranks
