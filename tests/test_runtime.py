@@ -255,6 +255,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ZeroDivisionError):  # half written
         write_atomically(path, lambda temporary: temporary.write_text("new") / 0)
     assert torch.load(path) == "old" and os.listdir(path.parent) == ["file.pt"]
+    with open(path, "rb") as reader:  # one who reads keeps the old file, whole
+        write_atomically(path, lambda temporary: torch.save("new", temporary))
+        assert torch.load(reader) == "old" and torch.load(path) == "new"
     assert "a.json" in error_of(runtime.write_json, path / "a.json", {})  # a file is no folder
 
 
