@@ -19,7 +19,9 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import unicodedata
 import urllib.request
 from dataclasses import dataclass, replace
@@ -694,8 +696,19 @@ def default_workers(device: torch.device) -> int:
 
 def prepare_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    if hasattr(os, "setpgrp"):  # Ctrl-C or SIGTERM for the trainer's group is the trainer's alone
+    if hasattr(os, "setpgrp"):  # Ctrl-C for the trainer's group is the trainer's alone
         os.setpgrp()
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=heed_the_trainer, daemon=True).start()
+
+
+def heed_the_trainer() -> None:
+    """Schedulers signal every process of a job: a worker ends when the trainer, which saves first,
+    says so."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def make_loader(dataset: Dataset, device: torch.device, num_workers: int | None, **options):

@@ -43,11 +43,16 @@ def succeed(*arguments, torchrun: int = 0) -> str:
 
 
 def interrupt(number: int, ready, *arguments) -> tuple[int, str, str]:
-    """Start the program; when `ready()`, the signal for its process group: (status, out, err)."""
+    """Start the program; when `ready()`, the signal for it and all that it has started, as from a
+    scheduler: (status, out, err)."""
     process = start(*arguments, start_new_session=True)
     while not ready():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in map(int, children):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import subprocess
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -791,13 +792,18 @@ def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_
     assert len(data.unlabeled) == 2 and "truth" not in batches_of(data)[0]
 
 
-def test_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
+def test_only_the_trainers_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
     """PyTorch ends workers by SIGTERM: one that ignored it would hang the program."""
     known = multiprocessing.active_children()
     batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
     next(batches)
     (worker,) = [child for child in multiprocessing.active_children() if child not in known]
     assert os.getpgid(worker.pid) != os.getpgrp()  # Ctrl-C is for the trainer alone
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # a scheduler's
+    assert len(list(batches)) == 49
+    batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
+    next(batches)
+    (worker,) = [child for child in multiprocessing.active_children() if child not in known]
     worker.terminate()
     worker.join(4)
     assert not worker.is_alive()
