@@ -69,7 +69,7 @@ class Config(DataOptions, RunOptions):
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
-    ohem: float | None = option(None, "only labels of at most this probability", low=0, below=1)
+    ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 

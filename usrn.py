@@ -78,7 +78,7 @@ class Config(DataOptions, RunOptions):
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
-    ohem: float | None = option(None, "only labels of at most this probability", low=0, below=1)
+    ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
@@ -98,16 +98,13 @@ def select(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return pseudo_label, confidence > threshold
 
 
-def select_subclasses(sub_probs: Tensor, parent_of: Tensor, num_classes: int, threshold: float,
-                      sure_of: str) -> tuple[Tensor, Tensor]:
-    """S of Eq. 5: sub_probs [B, K, ...] -> F_sub's pseudo labels [B, ...]; whether they are used.
+def select_by_class(sub_probs: Tensor, parent_of: Tensor, num_classes: int, threshold: float):
+    """Instead of S in Eq. 5, ours: used where the sum of a class is above the threshold, as its
+    likeliest subclass; [B, K, ...] -> as `select`.
 
-    "subclass": as printed. "class", ours: where the sum over the class's subclasses is above the
-    threshold, its likeliest one. F_sub is rarely sure of one of many subclasses that look alike, so
-    that by Eq. 5 it teaches itself classes of few, and soon sees them everywhere.
+    F_sub is rarely sure of one of many subclasses that look alike, so that by Eq. 5 it teaches
+    itself the classes of few, and soon sees them everywhere.
     """
-    if sure_of == "subclass":
-        return select(sub_probs, threshold)
     parent, used = select(subclasses_to_parents(sub_probs, parent_of, num_classes), threshold)
     of_parent = F.one_hot(parent, num_classes).movedim(-1, 1)[:, parent_of]
     return (sub_probs * of_parent).argmax(dim=1), used
@@ -265,8 +262,9 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
     if "USR" in parts:
         terms |= {"gate": (gate & valid).sum() / num_cells, "vetoed": vetoed.sum() / num_cells}
     if "SST" in parts:
-        sub_label, sub_used = select_subclasses(sub_probs, parent_of, probs.shape[1], threshold,
-                                                config.sure_of)
+        sub_label, sub_used = select(sub_probs, threshold)
+        if config.sure_of == "class":
+            sub_label, sub_used = select_by_class(sub_probs, parent_of, probs.shape[1], threshold)
         sub_used = sub_used & valid
         terms["loss_unsup_sub"] = weighted_loss(sub_logits_strong, sub_label, sub_used, num_cells)
         loss = loss + config.lambda_u * config.lambda_sub * terms["loss_unsup_sub"]  # Eq. 5, 8
@@ -547,10 +545,9 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     network = torch.compile(both) if config.compile else both
     if world_size() > 1:
         network = nn.parallel.DistributedDataParallel(network, **KEEP_BUFFERS)
-    groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
-    if subclass_model:
-        groups += subclass_model.parameter_groups(config.lr, config.head_lr_multiplier)
-    groups = [group for group in groups if group["params"]]  # none of an encoder that is shared
+    groups = [group for part in filter(None, (model, subclass_model))
+              for group in part.parameter_groups(config.lr, config.head_lr_multiplier)
+              if group["params"]]  # none of an encoder that is shared
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
