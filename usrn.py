@@ -58,8 +58,6 @@ class Config(DataOptions, RunOptions):
     threshold: float = option(0.75, "gamma of Eq. 3", low=0, below=1)
     gate: str = option("paper", "F_sub's entropy and class: of sums over parents (Eq. 6, 7), or of "
                                 "subclasses (released code)", choices=("paper", "released"))
-    sure_of: str | None = option(None, "F_sub's own labels: of a subclass, Eq. 5, or of its class "
-                                       "(embedded data)", choices=("subclass", "class"))
     lambda_sub: float = option(1.0, "weight of F_sub's losses, Eq. 2 and 8", low=0)
     lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8", low=0)
     clustering: str = option("balanced", "k-means of stage 2", choices=("balanced", "plain"))
@@ -96,18 +94,6 @@ def select(probs: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """S of Eq. 3: probs [B, C, ...] -> pseudo labels [B, ...] and whether they are used, bool."""
     confidence, pseudo_label = probs.max(dim=1)
     return pseudo_label, confidence > threshold
-
-
-def select_by_class(sub_probs: Tensor, parent_of: Tensor, num_classes: int, threshold: float):
-    """Instead of S in Eq. 5, ours: used where the sum of a class is above the threshold, as its
-    likeliest subclass; [B, K, ...] -> as `select`.
-
-    F_sub is rarely sure of one of many subclasses that look alike, so that by Eq. 5 it teaches
-    itself the classes of few, and soon sees them everywhere.
-    """
-    parent, used = select(subclasses_to_parents(sub_probs, parent_of, num_classes), threshold)
-    of_parent = F.one_hot(parent, num_classes).movedim(-1, 1)[:, parent_of]
-    return (sub_probs * of_parent).argmax(dim=1), used
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -263,8 +249,6 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         terms |= {"gate": (gate & valid).sum() / num_cells, "vetoed": vetoed.sum() / num_cells}
     if "SST" in parts:
         sub_label, sub_used = select(sub_probs, threshold)
-        if config.sure_of == "class":
-            sub_label, sub_used = select_by_class(sub_probs, parent_of, probs.shape[1], threshold)
         sub_used = sub_used & valid
         terms["loss_unsup_sub"] = weighted_loss(sub_logits_strong, sub_label, sub_used, num_cells)
         loss = loss + config.lambda_u * config.lambda_sub * terms["loss_unsup_sub"]  # Eq. 5, 8
@@ -592,7 +576,6 @@ def run_stages(config: Config) -> None:
         most = min(max(classes, len(data.labeled)), most)
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            amp=bf16_is_fast(device), output=f"runs/usrn_{data.tag}_{config.seed}",
-                           sure_of="class" if data.info.embedded else "subclass",
                            max_subclasses=most)
     config = with_defaults(config, supervised_iterations=max(1, config.iterations // 4))
     parts = MODELS[config.model]
