@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import IGNORE, cutmix, cutmix_boxes, normalize, strong_augment, to_float
+from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize, strong_augment,
+                            to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
 from common.evaluate import evaluate, write_samples
@@ -178,12 +179,12 @@ class Statistics(nn.Module):
         return mu_pos, var_pos, mu_neg, var_neg, self.class_mean.shape[1]
 
 
-def make_views(batch: dict[str, Tensor], crop: int, blur: tuple[float, float]) -> dict[str, Tensor]:
+def make_views(batch: dict[str, Tensor], crop: int, photometry: Photometry) -> dict[str, Tensor]:
     """Weak crops, uint8 -> the normalised views of a step: weak, two strong ones with CutMix."""
     weak = to_float(batch["unlabeled"])
     views = {**batch, "labeled": normalize(batch["labeled"]), "weak": normalize(weak)}
     for view in ("strong_1", "strong_2"):
-        strong = strong_augment(weak, blur_sigma=blur)
+        strong = strong_augment(weak, photometry)
         boxes = cutmix_boxes(len(weak), crop, device=weak.device)
         views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
         views[view + "_boxes"] = boxes
@@ -312,12 +313,13 @@ def train(config: Config) -> None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if config.supervised:
             images = to_float(batch["labeled"])
-            images = strong_augment(images, data.info.blur) if config.strong_labeled else images
+            if config.strong_labeled:
+                images = strong_augment(images, data.info.photometry)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 loss = supervised_loss(network(normalize(images)), batch["label"], config.ohem)
             terms = {"loss": loss}
         else:
-            views = make_views(batch, config.crop, data.info.blur)
+            views = make_views(batch, config.crop, data.info.photometry)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
                 loss, terms = daw_loss(network, views, statistics, config.weighting,
                                        config.threshold, config.align, config.ohem, config.views)

@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import IGNORE, cutmix, cutmix_boxes, normalize, strong_augment, to_float
+from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize, strong_augment,
+                            to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
 from common.evaluate import evaluate, write_sample_grid, write_samples
@@ -318,12 +319,13 @@ class Sampler(nn.Module):
         return resize(self.trajectory(images)[-1], images.shape[2:])
 
 
-def make_views(batch: dict, crop: int, blur: tuple, names: tuple, p: float) -> dict[str, Tensor]:
+def make_views(batch: dict, crop: int, photometry: Photometry, names: tuple,
+               p: float) -> dict[str, Tensor]:
     """Weak crops, uint8 -> the normalised views of a step: weak, strong ones with CutMix."""
     weak = to_float(batch["unlabeled"])
     views = {**batch, "labeled": normalize(batch["labeled"]), "weak": normalize(weak)}
     for view in names:
-        strong = strong_augment(weak, blur_sigma=blur)
+        strong = strong_augment(weak, photometry)
         boxes = cutmix_boxes(len(weak), crop, p, device=weak.device)
         views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
         views[view + "_boxes"] = boxes
@@ -458,7 +460,7 @@ def train(config: Config) -> None:
     milestones = Milestones(checkpoint, log, config.save_every, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        views = make_views(batch, config.crop, data.info.blur, names, 0.5 if config.cutmix else 0.0)
+        views = make_views(batch, config.crop, data.info.photometry, names, 0.5 * config.cutmix)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             loss, terms = diffmatch_loss(network, model, views, names, prior, data.info.classes,
                                          config)

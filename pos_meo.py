@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-from common.augment import IGNORE, cutmix, cutmix_boxes, normalize, strong_augment, to_float
+from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize, strong_augment,
+                            to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
 from common.evaluate import data_options, evaluate, load_predictor, write_samples
@@ -213,12 +214,12 @@ class Gradients:
         self.select(SUP)
 
 
-def make_views(batch: dict[str, Tensor], crop: int, blur: tuple[float, float]) -> dict[str, Tensor]:
+def make_views(batch: dict[str, Tensor], crop: int, photometry: Photometry) -> dict[str, Tensor]:
     """Weak crops, uint8 -> the normalised views of a step: weak, two strong ones with CutMix."""
     weak = to_float(batch["unlabeled"])
     views = {**batch, "labeled": normalize(batch["labeled"]), "weak": normalize(weak)}
     for view in ("strong_1", "strong_2"):
-        strong = strong_augment(weak, blur_sigma=blur)
+        strong = strong_augment(weak, photometry)
         boxes = cutmix_boxes(len(weak), crop, device=weak.device)
         views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
         views[view + "_boxes"] = boxes
@@ -345,7 +346,7 @@ def train(config: Config) -> None:
     milestones = Milestones(checkpoint, log, config.save_every, evaluated, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        views = make_views(batch, config.crop, data.info.blur)
+        views = make_views(batch, config.crop, data.info.photometry)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             arguments = views, config.threshold, config.ohem
             if is_v2:
@@ -417,7 +418,7 @@ def landscape(config: Config) -> None:
         fixed = []
         for batch in training_loader(data, crop, 8, config.seed, 0, LANDSCAPE_BATCHES, device):
             batch = {name: value.to(device) for name, value in batch.items()}
-            views = make_views(batch, crop, info.blur)
+            views = make_views(batch, crop, data.info.photometry)
             teaching = pseudo_labels(model(views["weak"]), views["valid"], saved["threshold"])
             fixed.append((views, *teaching))
         curves[path] = []

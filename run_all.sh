@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run_all.sh        environment, embedded data, the main job in short, tables and pictures
 # ./run_all.sh all    every row of .docs/rows.txt at full length; SEEDS="0 1 2" repeats each
+# ./run_all.sh real DATA   the same rows on the data sets in DATA, by the recipes of .docs/real.txt
 # ./run_all.sh test   environment, all tests; further arguments are pytest's
 # The active Python is used where it has requirements.txt, otherwise .venv is made (by $PYTHON).
 set -euo pipefail
@@ -21,9 +22,24 @@ if [ "$python" = none ]; then
 fi
 if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 
-rows=$(if [ "${1:-}" = all ]; then cat .docs/rows.txt; else sed '/^# ---/q' .docs/rows.txt; fi)
-folder=$(if [ "${1:-}" = all ]; then echo runs; else echo runs/short; fi)
-export python folder options=$(if [ "${1:-}" != all ]; then echo --iterations 500; fi)
+options=
+folder=runs
+rows=$(grep -v "^#" .docs/rows.txt)
+case "${1:-}" in
+all) ;;
+real)  # a recipe: folder, which rows, options; rows' own options come last and win
+    data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
+    folder=runs/real
+    rows=$(grep -v "^#" .docs/real.txt | while read -r name which recipe; do
+        awk -v name="$name" -v which="^($which)$" -v recipe="${recipe//DATA/$data}" '
+            $1 ~ which { sub(".*/", name "/", $1); $2 = $2 " " recipe; print }' <<<"$rows"
+    done) ;;
+*)
+    folder=runs/short
+    rows=$(sed -n '/^# ---/q; /^#/!p' .docs/rows.txt)
+    options="--iterations 500" ;;
+esac
+export python folder options
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 train() {  # seed, row, script, options: one that fails stops no other
     local run="$folder/$2/seed$1"
@@ -35,9 +51,17 @@ train() {  # seed, row, script, options: one that fails stops no other
 export -f train
 for data in shapes phantom; do "$python" -m common.synthetic --dataset "$data"; done
 status=0
-for seed in ${SEEDS:-0}; do sed "/^#/d; s/^/$seed /" <<<"$rows"; done |
+for seed in ${SEEDS:-0}; do sed "s/^/$seed /" <<<"$rows"; done |
     xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 bash -c 'train "$@"' train || status=1
 for run in "$folder"/*/*/seed*; do "$python" -m common.figures "$run" 2>/dev/null || true; done
+for run in "$folder"/*/diffmatch/seed*; do
+    "$python" -m common.evaluate --checkpoint "$run/latest.pt" --set steps=1 \
+        --output "$run/steps_1.json" >/dev/null 2>&1 || true
+done
+if [ -n "${1:-}" ]; then
+    folders=$(sed "s#/.*##; s#^#$folder/#" <<<"$rows" | sort -u)
+    "$python" -m common.evaluate --claims $folders || true
+fi
 echo "pictures:"
 ls "$folder"/*/*/seed*/*.png "$folder"/*/*/seed*/*/subclasses.png 2>/dev/null
 exit $status

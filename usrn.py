@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.augment import IGNORE, normalize, strong_augment, to_float
+from common.augment import IGNORE, Photometry, normalize, strong_augment, to_float
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import Data, DataOptions, EvaluationSet, Sample, load_data, training_loader
 from common.evaluate import evaluate, write_samples
@@ -184,7 +184,7 @@ class USRN(nn.Module):
         return resize(model.classifier(z[:whole]).float(), size), model.classifier(cells).float()
 
 
-def make_views(batch: dict[str, Tensor], blur: tuple[float, float],
+def make_views(batch: dict[str, Tensor], photometry: Photometry,
                parent_of: Tensor | None) -> dict[str, Tensor]:
     """Weak crops, uint8 -> normalised views; with `parent_of` [K], labels are of subclasses."""
     views = {**batch, "labeled": normalize(batch["labeled"])}
@@ -194,7 +194,7 @@ def make_views(batch: dict[str, Tensor], blur: tuple[float, float],
     if "unlabeled" in batch:
         weak = to_float(batch["unlabeled"])
         views["weak"] = normalize(weak)
-        views["strong"] = normalize(strong_augment(weak, blur_sigma=blur))
+        views["strong"] = normalize(strong_augment(weak, photometry))
     return views
 
 
@@ -551,7 +551,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     milestones = Milestones(checkpoint, log, config.save_every, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        views = make_views(batch, data.info.blur, parent_of)
+        views = make_views(batch, data.info.photometry, parent_of)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
             loss, terms = usrn_loss(network, views, parent_of, config)
         loss.backward()

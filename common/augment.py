@@ -5,6 +5,8 @@ Weak is geometry, in a loader's worker. Strong is photometry and CutMix, on the 
 numbers, and nothing is read back from the device.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -120,15 +122,23 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     return x
 
 
-def strong_augment(x: Tensor, blur_sigma: tuple[float, float] = (0.1, 2.0)) -> Tensor:
+class Photometry(NamedTuple):
+    """Strength of the strong view."""
+
+    jitter: float = 0.5  # torchvision's ColorJitter(jitter, jitter, jitter, jitter / 2)
+    blur: tuple[float, float] = (0.1, 2.0)  # sigma, pixels
+
+
+def strong_augment(x: Tensor, photometry: Photometry = Photometry()) -> Tensor:
     """Colour jitter (p 0.8), grayscale (p 0.2), blur (p 0.5) of x, float [B, 3, H, W] in [0, 1].
 
-    Jitter: three factors U(0.5, 1.5), hue's shift U(-0.25, 0.25), any order. Sigma: U(blur_sigma).
+    Jitter: three factors U(1 - j, 1 + j), hue's shift U(-j / 2, j / 2), any order.
     """
+    jitter, (least, most) = photometry
     uniform = torch.rand(8, len(x), device=x.device, dtype=x.dtype)
     order = torch.rand(len(x), 4, device=x.device).argsort(1)
-    factors, shift = 1 + 0.5 * (2 * uniform[:3] - 1), 0.25 * (2 * uniform[3] - 1)
-    sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * uniform[4]
+    factors, shift = 1 + jitter * (2 * uniform[:3] - 1), jitter / 2 * (2 * uniform[3] - 1)
+    sigma = least + (most - least) * uniform[4]
     jitters, grays, blurs = (per_image(u < p) for u, p in zip(uniform[5:], (0.8, 0.2, 0.5)))
     # All images take every operation and torch.where keeps what was drawn. Likewise the hue, the
     # costly one, comes once: after three blends and before three, with factor 1 out of turn.

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes, VOCSegmentation
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from common.augment import IGNORE, weak_geometry
+from common.augment import IGNORE, Photometry, weak_geometry
 from common.figures import voc_palette
 from common.runtime import (UserError, main_first, option, parse, rank, reading, require, run_main,
                             say, world_size, write_atomically)
@@ -72,7 +72,7 @@ class DatasetInfo:
     backbone: str = "resnet101"
     crop: int = 321
     scale: tuple[float, float] = (0.5, 2.0)  # the weak view's random resize
-    blur: tuple[float, float] = (0.1, 2.0)  # sigma in the strong view, pixels
+    photometry: Photometry = Photometry()  # of the strong view
     epochs: int = 80
     batch_size: int = 8  # labeled, and as many unlabeled; `lr` belongs to it
     lr: float = 0.001
@@ -95,8 +95,8 @@ class DatasetInfo:
 def shapes(name: str, crop: int, epochs: int) -> DatasetInfo:
     return DatasetInfo(
         name, SHAPES[name].classes, "24", embedded=True, backbone="tiny", crop=crop,
-        scale=(0.7, 1.4), blur=(0.1, 1.0), epochs=epochs, lr=0.01, head_lr_multiplier=3,
-        eval_batch=20, unlabeled_truth=True)
+        scale=(0.7, 1.4), photometry=Photometry(blur=(0.1, 1.0)), epochs=epochs, lr=0.01,
+        head_lr_multiplier=3, eval_batch=20, unlabeled_truth=True)
 
 
 DATASETS = {info.name: info for info in (
@@ -152,6 +152,8 @@ class DataOptions:
     split_seed: int | None = option(None, "or draw so many at random, with every class", low=0)
     labeled_list: str | None = option(None, "or a file: an id, or image and mask path, a line")
     unlabeled_list: str | None = option(None, "likewise; without it the full training list is used")
+    jitter: float | None = option(None, "strong view: changes of brightness, contrast, saturation, "
+                                        "twice those of hue (0.5)", low=0, high=1)
     download: bool = option(False, "fetch published lists, and VOC2012 through torchvision")
     lists: str | None = option(None, "refuse other lists of images than those with this digest")
 
@@ -451,6 +453,8 @@ def load_data(options: DataOptions) -> Data:
     Raises UserError for what is unknown, missing or wrong.
     """
     info = dataset_info(options.dataset, options.classes)
+    if options.jitter is not None:
+        info = replace(info, photometry=info.photometry._replace(jitter=options.jitter))
     name, root = info.name, Path(options.data_root or f"data/{info.name}")
     labeled_name = options.labeled or info.default_labeled
     require(not options.labeled_list or options.labeled is None and options.split_seed is None,

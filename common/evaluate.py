@@ -8,9 +8,11 @@ al., "On Calibration of Modern Neural Networks", ICML 2017, with 15 bins over th
     python -m common.evaluate --checkpoint runs/mine/best.pt --threshold 0.95 --figure c.png
     torchrun --nproc-per-node 4 -m common.evaluate --checkpoint runs/mine/best.pt --output r.json
     python -m common.evaluate --table runs/shapes      # mean ± sd over runs/shapes/<row>/seed<k>
+    python -m common.evaluate --claims runs/shapes runs/phantom      # .docs/claims.tsv held to them
 """
 
 import argparse
+import csv
 import dataclasses
 import importlib
 import json
@@ -32,7 +34,9 @@ from common.runtime import (all_reduce_sum, average_buffers, init_distributed, r
                             read_checkpoint, reading, require, run_main, say, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
+CLAIMS = ROOT / ".docs/claims.tsv"
 BINS = 15
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 df
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> logits [B, C, H, W]
 
@@ -267,23 +271,41 @@ COLUMNS = {"miou": "mIoU", "head_miou": "head mIoU", "tail_miou": "tail mIoU", "
            "empty_masks": "empty masks"}  # of images, of volumes
 
 
+def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
+    """{row: {"seed0": run folder}} of folder/<row>/seed<k>, as they were last started."""
+    rows = {}
+    for path in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
+        run = path.parent
+        with reading(run):
+            last = read_json(run / "results.json")["last"]
+            finished = last.get("iteration") == read_json(path)["iterations"]
+        if finished:
+            rows.setdefault(run.parent.name, {})[run.name] = run
+        else:
+            print(f"not finished, left out: {run}", file=sys.stderr)
+    require(bool(rows), f"no finished run in {folder}: there is no <row>/seed<k>/results.json")
+    return rows
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {"last": {}}
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table; the first line holds the titles."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
 def table_of_runs(folder: Path, per_class: bool = False) -> str:
     """Markdown: mean ± sd over seeds of every finished run in folder/<row>/seed<k>.
 
-    Rows come in the order in which their runs were last started. The scores are those of the test
-    list where a run has one (volumes), else of the last evaluation: none is picked by its score.
+    The scores are those of the test list where a run has one (volumes), else of the last
+    evaluation: none is picked by its score.
     """
-    rows = {}
-    for path in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
-        with reading(path.parent):
-            config, file = json.loads(path.read_text()), path.with_name("results.json")
-            results = json.loads(file.read_text()) if file.is_file() else {"last": {}}
-        if results["last"].get("iteration") == config["iterations"]:
-            scores = columns(results.get("test") or results["last"], per_class)
-            rows.setdefault(path.parent.parent.name, []).append(scores)
-        else:
-            print(f"not finished, left out: {path.parent}", file=sys.stderr)
-    require(bool(rows), f"no finished run in {folder}: there is no <row>/seed<k>/results.json")
+    rows = {row: [columns(scores(run), per_class) for run in runs.values()]
+            for row, runs in finished_runs(folder).items()}
     titles = {tuple(scores) for seeds in rows.values() for scores in seeds}
     require(len(titles) == 1, f"{folder} has runs on different classes, or on images and volumes: "
                               f"put them into folders of their own")
@@ -291,9 +313,67 @@ def table_of_runs(folder: Path, per_class: bool = False) -> str:
     for row, seeds in rows.items():
         values = zip(*(scores.values() for scores in seeds))  # of each column one per seed
         lines.append([row, str(len(seeds)), *map(cell, values)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+    return markdown(lines)
+
+
+def scores(run: Path) -> dict:
+    results = read_json(run / "results.json")
+    return results.get("test") or results["last"]
+
+
+def table_of_claims(folders: Sequence[Path]) -> str:
+    """Markdown: what .docs/claims.tsv says of the papers, and what the runs of each folder say.
+
+    A claim is a difference: of two rows' mIoU or Dice, or of what stands behind a colon, see
+    `quantity`. Runs of one seed make a pair; a cell has the pairs' mean difference, its 95 %
+    interval (Student's t) and a word: "holds" or "reversed" where 0 is not in the interval.
+    """
+    with reading(CLAIMS):
+        claims = list(csv.DictReader(CLAIMS.read_text().splitlines(), delimiter="\t"))
+    found = {folder: finished_runs(folder) for folder in folders}
+    lines = [["claim", "paper", *map(str, folders)]]
+    for claim in claims:
+        sides = claim["higher"], claim["lower"]
+        cells = [verdict(differences(rows, *sides)) for rows in found.values()]
+        lines.append([claim["claim"], claim["paper"] or "-", *cells])
+    return markdown(lines)
+
+
+def differences(rows: dict[str, dict[str, Path]], higher: str, lower: str) -> list[float]:
+    """One for each seed that both have; none where a run lacks the quantity."""
+    sides = [side.partition(":")[::2] for side in (higher, lower)]
+    seeds = sorted(set.intersection(*(set(rows.get(row, ())) for row, _ in sides)))
+    pairs = [[quantity(rows[row][seed], name) for row, name in sides] for seed in seeds]
+    return [first - second for first, second in pairs if None not in (first, second)]
+
+
+def quantity(run: Path, name: str) -> float | None:
+    """A score: of results.json, of file.json for "file/name"; else a column of metrics.jsonl, its
+    mean over the last third of the training. "a+b" is a sum, "" mIoU or Dice."""
+    if "+" in name:
+        parts = [quantity(run, part) for part in name.split("+")]
+        return None if None in parts else sum(parts)
+    file, _, name = name.rpartition("/")
+    with reading(run):
+        found = read_json(run / f"{file}.json") if file else scores(run)
+        name = name or ("dice" if "dice" in found else "miou")
+        if name in found or file:
+            return found.get(name)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        begin = 2 / 3 * lines[-1]["iteration"]
+        values = [line[name] for line in lines if name in line and line["iteration"] > begin]
+    return statistics.fmean(values) if values else None
+
+
+def verdict(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
+        return f"{mean:+.3g} (one seed)"
+    half = T_975[min(count, len(T_975) + 1) - 2] * statistics.stdev(values) / math.sqrt(count)
+    word = "holds" if mean > half else "reversed" if mean < -half else "does not show"
+    return f"{mean:+.3g} [{mean - half:+.3g}, {mean + half:+.3g}] {word}"
 
 
 def columns(scores: dict, per_class: bool) -> dict[str, float | None]:
@@ -340,6 +420,8 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, help="best.pt or latest.pt of a run")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of these runs")
+    what.add_argument("--claims", type=Path, nargs="+", metavar="FOLDER",
+                      help="what the papers claim, and what the runs of these folders say")
     parser.add_argument("--per-class", action="store_true", help="the table of every class")
     parser.add_argument("--data-root", help="folder of the data set, if not where training had it")
     parser.add_argument("--split", default="val", choices=("val", "test", "tune", "unlabeled"))
@@ -357,6 +439,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         print(table_of_runs(args.table, args.per_class))
+        return
+    if args.claims:
+        print(table_of_claims(args.claims))
         return
     require(not args.figure or has_matplotlib(),
             "--figure needs the package matplotlib: pip install matplotlib")

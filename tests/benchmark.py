@@ -1,7 +1,9 @@
 """Speed and memory, measured side by side: `python tests/benchmark.py [WHAT ...] [options]`.
 
     loader         unlabeled samples of one core; --released FOLDER: a checkout of UniMatch beside
-    step           training steps of UniMatch and DAW; augmentation, statistics and alignment
+    step           training steps of all methods for images; DAW's augmentation and statistics
+    growth         a training step of UniMatch with twice the crop, batch, four times the classes
+    ranks          collectives, and numbers in them, of a step on two gloo ranks
     strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two
     harm           steps of pos_meo.py against the mean gradient of all labeled images, or of many
                    unlabeled ones: --checkpoint of a run with UniMatch V1
@@ -24,11 +26,15 @@ GPU that of tensors. Other options, last, go to the program: --no-amp, --baselin
 import argparse
 import contextlib
 import importlib
+import math
 import multiprocessing
+import os
 import resource
+import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -46,7 +52,7 @@ import diffmatch
 import pos_meo
 import usrn
 from common import medical
-from common.augment import IGNORE, normalize
+from common.augment import IGNORE, Photometry, normalize
 from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, load_data,
                          training_loader)
 from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
@@ -62,6 +68,7 @@ SMALL = {"rounds": 2, "backbone": "tiny", "crop": 64, "points": 20_000, "referen
          "clusters": 20, "channels": 32}
 WARM_UP, STEPS = 2, 4  # of a training
 SHAPES = ["--data-root", str(ROOT / "data/shapes"), "--weights", "none", "--backbone"]
+UNIMATCH = "daw", ["--weighting", "fixed"]
 PHANTOM = ["--data-root", str(ROOT / "data/phantom"), "--channels", "16"]
 
 
@@ -106,36 +113,59 @@ def peak_memory() -> float:
 
 def train(method: str, options: list[str]) -> tuple[list[float], float]:
     """The first steps of a method's program: (seconds of each, peak memory in GiB)."""
-    module, ticks = importlib.import_module(method), []
+    ticks = []
 
-    def note(log, step: int, terms: dict) -> None:
+    def note(step: int) -> None:
+        if step == 1:  # of usrn.py's last stage
+            ticks.clear()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         ticks.append(time.perf_counter())
-        if step == WARM_UP + STEPS:
-            raise StopIteration
 
-    module.Log.step = note  # the loop calls it at the end of every step
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
-        module.train(parse(module.Config, argv=[*options, "--output", folder]))
+    steps_of(method, options, note)
     return np.diff(ticks[WARM_UP - 1 :]).tolist(), peak_memory()
 
 
-def compare_trainings(method: str, candidates: dict[str, list[str]], sizes, common: list[str]):
-    """{name: flags}, besides the flags that are common to all."""
+def steps_of(method: str, options: list[str], note) -> None:
+    """Run the program's first steps; it calls note(step) at the end of each."""
+    module = importlib.import_module(method)
+    log_step = module.Log.step
+
+    def noted(log, step: int, terms: dict):
+        note(step)
+        if step == WARM_UP + STEPS:
+            raise StopIteration
+        return log_step(log, step, terms)
+
+    module.Log.step = noted
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
+        run = getattr(module, "run_stages", module.train)
+        run(parse(module.Config, argv=[*options, "--output", folder]))
+
+
+def compare_trainings(candidates: dict[str, tuple[str, list[str]]], sizes, common: list[str]):
+    """{name: (method, flags)}, besides the flags that are common to all."""
     common = [*common, "--crop", str(sizes.crop), "--batch-size", str(sizes.batch), *sizes.options]
     seconds, memory = {name: [] for name in candidates}, dict.fromkeys(candidates, 0.0)
     for _ in range(sizes.rounds):
-        for name, flags in candidates.items():
+        for name, (method, flags) in candidates.items():
             steps, peak = in_own_process(train, method, [*common, *flags])
             seconds[name] += steps
             memory[name] = max(memory[name], peak)
-    report(f"{method}.py {' '.join(common)}", seconds, memory)
+    report(f"training steps, {' '.join(common)}", seconds, memory)
+
+
+def methods(sizes) -> dict[str, tuple[str, list[str]]]:
+    masks = [] if sizes.backbone == "tiny" else ["--mask-channels", "256"]
+    return {"UniMatch": UNIMATCH, "labeled only": ("daw", ["--supervised"]), "DAW": ("daw", []),
+            "POS + MEO": ("pos_meo", ["--warmup", "0", "--cap", "0.8"]),
+            "DiffMatch": ("diffmatch", masks),
+            "  discriminative": ("diffmatch", ["--discriminative"]),
+            "USRN, stage 3": ("usrn", ["--supervised-iterations", "1"])}
 
 
 def step(sizes) -> None:
-    candidates = {"UniMatch": ["--weighting", "fixed"], "DAW": []}
-    compare_trainings("daw", candidates, sizes, [*SHAPES, sizes.backbone])
+    compare_trainings(methods(sizes), sizes, [*SHAPES, sizes.backbone])
 
     device, batch, crop = init_distributed()[2], sizes.batch, sizes.crop
     images = torch.zeros(batch, 3, crop, crop, dtype=torch.uint8, device=device)
@@ -149,15 +179,74 @@ def step(sizes) -> None:
         daw.optimal_threshold(*state.gaussians())
         daw.align_distribution(probs, *state.class_mean)
 
-    candidates = {"augmentation": partial(daw.make_views, views, crop, (0.1, 2.0)),
+    candidates = {"augmentation": partial(daw.make_views, views, crop, Photometry()),
                   "statistics and alignment": align}
     compare(f"parts of a DAW step of {CLASSES} classes", candidates, sizes.rounds)
 
 
+def growth(sizes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("images", "val_images"):
+            (Path(folder) / name).mkdir()
+            write_pictures(Path(folder) / name, 8)
+            masks = Path(folder) / name.replace("images", "masks")
+            masks.mkdir()
+            for file in (Path(folder) / name).glob("*.png"):
+                file.rename(masks / file.name)
+        candidates = {"as it is": [], "twice the crop": ["--crop", str(2 * sizes.crop)],
+                      "twice the batch": ["--batch-size", str(2 * sizes.batch)],
+                      "84 classes": ["--classes", ",".join(map(str, range(4 * CLASSES)))]}
+        method, flags = UNIMATCH
+        candidates = {name: (method, [*flags, *more]) for name, more in candidates.items()}
+        common = ["--dataset", "folder", "--data-root", folder, "--weights", "none", "--backbone",
+                  sizes.backbone, "--classes", ",".join(map(str, range(CLASSES)))]
+        compare_trainings(candidates, sizes, common)
+
+
+def collectives(rank: int, port: int, method: str, options: list[str]) -> list[list[tuple]]:
+    """[(kind, numbers in it), ...] of each step after the warm-up, as one of two ranks."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    running, steps = [], []
+
+    def note(step: int) -> None:
+        if running:
+            profiler = running.pop()
+            profiler.stop()
+            steps.append([(event.name.partition(":")[2], math.prod(*event.input_shapes))
+                          for event in profiler.events() if event.name.startswith("gloo:")])
+        if WARM_UP <= step < WARM_UP + STEPS:
+            running.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                                  record_shapes=True))
+            running[0].start()
+
+    steps_of(method, [*options, "--device", "cpu"], note)
+    return steps
+
+
+def ranks(sizes) -> None:
+    candidates = {name: (method, [*SHAPES, sizes.backbone, *flags])
+                  for name, (method, flags) in methods(sizes).items()}
+    candidates["DiffRect"] = "diffrect", [*PHANTOM, "--warmup", "0"]
+    for name, (method, flags) in candidates.items():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        flags = [*flags, "--crop", str(sizes.crop), "--batch-size", str(2 * sizes.batch)]
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            both = [pool.submit(collectives, rank, port, method, flags) for rank in range(2)]
+            first, second = [future.result() for future in both]
+        same = first == second and all(sorted(one) == sorted(first[0]) for one in first)
+        kinds = Counter(kind for kind, _ in first[0])
+        numbers = sum(numbers for _, numbers in first[0])
+        say(f"  {name:20}{numbers / 1e6:10.3f} M numbers a step in {dict(kinds)}; "
+            f"{'the same' if same else 'NOT the same'} in {len(first)} steps and on both ranks")
+
+
 def strategies(sizes) -> None:
-    candidates = {"uniform": ["--strategy", "uniform", "--no-measure"],
-                  "POS + MEO": ["--warmup", "0"]}
-    compare_trainings("pos_meo", candidates, sizes, [*SHAPES, sizes.backbone])
+    candidates = {"uniform": ("pos_meo", ["--strategy", "uniform", "--no-measure"]),
+                  "POS + MEO": ("pos_meo", ["--warmup", "0"])}
+    compare_trainings(candidates, sizes, [*SHAPES, sizes.backbone])
 
 
 def harm(sizes) -> None:
@@ -169,7 +258,7 @@ def harm(sizes) -> None:
     data, gradients, pairs = load_data(data_options(config)), pos_meo.Gradients(model, 2), []
     for batch in training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"),
                                  num_workers=0):
-        views = pos_meo.make_views(batch, config["crop"], info.blur)
+        views = pos_meo.make_views(batch, config["crop"], data.info.photometry)
         losses = pos_meo.unimatch_v1_losses(model, views, config["threshold"], config["ohem"])
         gradients.flat.zero_()
         for row in (pos_meo.SUP, pos_meo.UNSUP):
@@ -215,8 +304,9 @@ def alignment(sizes) -> None:
 
 
 def rectification(sizes) -> None:
-    candidates = {"FixMatch": ["--model", "fixmatch"], "DiffRect": ["--warmup", "0"]}
-    compare_trainings("diffrect", candidates, sizes, PHANTOM)
+    candidates = {"FixMatch": ("diffrect", ["--model", "fixmatch"]),
+                  "DiffRect": ("diffrect", ["--warmup", "0"])}
+    compare_trainings(candidates, sizes, PHANTOM)
 
 
 def write_pictures(folder: Path, count: int) -> list[Sample]:
@@ -375,8 +465,8 @@ def distances(sizes) -> None:
 
 
 SUBJECTS = {function.__name__: function for function in (
-    loader, step, strategies, harm, alignment, sampling, feedback, kmeans, rectification,
-    evaluation, distances)}
+    loader, step, growth, ranks, strategies, harm, alignment, sampling, feedback, kmeans,
+    rectification, evaluation, distances)}
 
 
 def main() -> None:
@@ -388,7 +478,7 @@ def main() -> None:
     given, words = parser.parse_known_args()
     names = [word for word in words if word in SUBJECTS]
     options = words[len(names) :]
-    trainings = bool(names) and {"step", "strategies", "rectification"}.issuperset(names)
+    trainings = bool(names) and {"step", "growth", "strategies", "rectification"}.issuperset(names)
     require(not options or trainings, f"{' '.join(options)}: unknown or misplaced, see --help")
     for name in names or SUBJECTS:
         say(f"\n{name}")

@@ -10,7 +10,7 @@ from torch import nn
 
 import daw
 from common import runtime
-from common.augment import IGNORE, normalize
+from common.augment import IGNORE, Photometry, normalize
 from common.data import load_data
 from common.evaluate import evaluate, load_predictor
 
@@ -264,7 +264,7 @@ def test_a_step_reads_nothing_back_from_the_device():
     batch = {"labeled": torch.empty(3, 3, 16, 16, dtype=torch.uint8, device="meta")}
     batch["unlabeled"], batch["label"] = batch["labeled"], batch["labeled"][:, 0]
     batch["truth"], batch["valid"] = batch["label"], batch["label"].bool()
-    views = daw.make_views(batch, 16, (0.1, 1.0))
+    views = daw.make_views(batch, 16, Photometry(blur=(0.1, 1.0)))
     network, statistics = Playback(0, (16, 16)).to("meta"), daw.Statistics(4, 0.9).to("meta")
     loss, terms = daw.daw_loss(network, views, statistics, "daw", 0.95, True, 0.7)
     loss.backward()
@@ -272,10 +272,10 @@ def test_a_step_reads_nothing_back_from_the_device():
 
 
 def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
-    monkeypatch.setattr(daw, "strong_augment", lambda images, blur_sigma: 1 - images)
+    monkeypatch.setattr(daw, "strong_augment", lambda images, photometry: 1 - images)
     images = torch.randint(256, (2, 4, 3, 16, 16), generator=seeded(0)).byte()
     torch.manual_seed(1)
-    views = daw.make_views({"labeled": images[0], "unlabeled": images[1]}, 16, (0.1, 1.0))
+    views = daw.make_views({"labeled": images[0], "unlabeled": images[1]}, 16, Photometry())
     assert torch.equal(views["weak"], normalize(images[1]))
     for view in ("strong_1", "strong_2"):
         expected = pasted(normalize(1 - images[1] / 255), views[view + "_boxes"])
@@ -339,7 +339,7 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, 
     """In float64, where sums hardly round; nothing is drawn but the order of the images."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(daw, "DeepLabV3Plus", Pointwise)
-    monkeypatch.setattr(daw, "strong_augment", lambda images, blur_sigma: 1 - images)
+    monkeypatch.setattr(daw, "strong_augment", lambda images, photometry: 1 - images)
     monkeypatch.setattr(daw, "cutmix_boxes", lambda batch, size, device: (
         (torch.arange(size) < size // 2)[:, None].expand(batch, size, size)))
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))

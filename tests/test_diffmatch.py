@@ -18,7 +18,7 @@ from torch import nn
 
 import diffmatch
 from common import evaluate
-from common.augment import IGNORE, normalize
+from common.augment import IGNORE, Photometry, normalize
 from common.models import hard_pixel_loss, resize
 
 TWO = ("strong_1", "strong_2")
@@ -394,9 +394,9 @@ def test_two_ranks_take_the_step_of_one_process(tmp_path):
 
 
 def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
-    monkeypatch.setattr(diffmatch, "strong_augment", lambda images, blur_sigma: 1 - images)
+    monkeypatch.setattr(diffmatch, "strong_augment", lambda images, photometry: 1 - images)
     images = torch.rand(4, 3, 16, 16)
-    views = diffmatch.make_views({"labeled": images, "unlabeled": images}, 16, (0.1, 1), TWO, 1)
+    views = diffmatch.make_views({"labeled": images, "unlabeled": images}, 16, Photometry(), TWO, 1)
     for name in TWO:
         boxes, strong = views[name + "_boxes"], normalize(1 - images).movedim(1, -1)
         assert boxes.any() and torch.equal(views["weak"], normalize(images))

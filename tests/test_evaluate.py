@@ -435,3 +435,47 @@ def test_table_of_volumes_is_that_of_the_test_list(command, tmp_path):
     for flags in ([], ["--per-class"]):
         assert "folders of their own" in command("--table", tmp_path, *flags)[1]
     assert "no finished run in" in command("--table", tmp_path / "nowhere")[1]
+
+
+# ---------------------------------------------------------------- the table of claims
+
+
+def test_claims_are_paired_by_seed(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "CLAIMS", tmp_path / "claims.tsv")
+    ev.CLAIMS.write_text("claim\thigher\tlower\tpaper\n" + "".join(
+        f"{line}\n" for line in ("a > b\ta\tb\t+2", "b > a\tb\ta\t", "one\ta:only\tb:only\t",
+                                 "steps\ta\ta:steps_1/miou\t", "sum\ta:e1+e2\ta:e1\t",
+                                 "nobody\ta\tc\t", "noise\ta:tail\tb:tail\t")))
+    for seed, (a, b, tail) in enumerate(((50, 40, 3), (54, 43, -3), (53, 45, 1))):
+        for row, miou in (("a", a), ("b", b)):
+            run = tmp_path / "runs" / row / f"seed{seed}"
+            tail_miou = {"tail": tail if row == "a" else 0, **({"only": miou} if seed == 0 else {})}
+            write_run(run, last={**of_images(float(miou)), **tail_miou})
+            (run / "metrics.jsonl").write_text("".join(
+                json.dumps({"iteration": k, "e1": 9 if k < 7 else k, "e2": 100}) + "\n"
+                for k in range(10)))
+            (run / "steps_1.json").write_text(json.dumps({"miou": miou - 1 - seed}))
+    write_run(tmp_path / "runs/a/seed9", last=of_images(0.0))  # nothing to pair it with
+    (tmp_path / "runs/a/seed9/metrics.jsonl").write_text('{"iteration": 9}\n')
+    title, *table = cells(command("--claims", tmp_path / "runs")[0])
+    assert title == ["claim", "paper", str(tmp_path / "runs")]
+    found = {row[0]: row[1:] for row in table}
+    assert found["a > b"][0] == "+2" and found["a > b"][1].startswith("+9.67 [")
+    assert found["b > a"][0] == "-" and found["b > a"][1].endswith("reversed")
+    assert found["one"][1] == "+10 (one seed)"
+    assert found["steps"][1].startswith("+2 [")
+    assert found["sum"][1].startswith("+100 [+100, +100] holds")
+    assert found["nobody"][1] == "-"
+    assert found["noise"][1].endswith("does not show")
+    stats = pytest.importorskip("scipy.stats", reason="compares with scipy's paired t-test")
+    interval = stats.ttest_rel([50, 54, 53], [40, 43, 45]).confidence_interval()
+    assert found["a > b"][1] == f"+9.67 [{interval.low:+.3g}, {interval.high:+.3g}] holds"
+    assert np.allclose(ev.T_975, stats.t.ppf(0.975, range(1, 10)), atol=1e-3)
+
+
+def test_every_claim_names_rows_of_run_all():
+    rows = {line.split()[0].split("/")[1] for line in (ev.ROOT / ".docs/rows.txt").open()
+            if not line.startswith("#")}
+    claims = [line.split("\t") for line in ev.CLAIMS.read_text().splitlines()]
+    assert {len(claim) for claim in claims} == {4}
+    assert {side.split(":")[0] for claim in claims[1:] for side in claim[1:3]} <= rows

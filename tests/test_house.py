@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Lines; the plan was 450, 510 and 530 for pos_meo, usrn and diffrect, 2,600 for common/, 5,000 for
 # the product and 7,000 for the tests, whose limits here are what there is.
-METHODS = {"daw": 347, "pos_meo": 448, "diffmatch": 492, "usrn": 598, "diffrect": 560}
-COMMON_LINES = 4_609  # of common/*.py together
-PRODUCT_LINES = 7_054  # of both
-TEST_LINES = 8_179
+METHODS = {"daw": 349, "pos_meo": 449, "diffmatch": 494, "usrn": 598, "diffrect": 560}
+COMMON_LINES = 4_708  # of common/*.py together
+PRODUCT_LINES = 7_158  # of both
+TEST_LINES = 8_320
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
 FILES = {"LICENSE", "README.md", "common", "requirements.txt", "run_all.sh", "tests"}

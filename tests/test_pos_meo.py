@@ -18,6 +18,7 @@ from torch import nn
 import daw
 import pos_meo
 from common import runtime
+from common.augment import Photometry
 from common.data import DATASETS, Data, Sample, load_data, training_loader
 from common.models import DeepLabV3Plus
 from pos_meo import SUP, UNSUP
@@ -204,7 +205,7 @@ def draw_views(size=2, side=32, device="cpu"):
     images = torch.randint(256, (2, size, 3, side, side), generator=seeded(size)).byte().to(device)
     batch = {"labeled": images[0], "unlabeled": images[1], "label": images[0, :, 0] % 4,
              "valid": images[1, :, 0] < 200}
-    return pos_meo.make_views(batch, side, (0.1, 1.0))
+    return pos_meo.make_views(batch, side, Photometry(blur=(0.1, 1.0)))
 
 
 def test_unimatch_v1_is_daws_with_a_fixed_threshold():
@@ -307,7 +308,7 @@ def plain_training(config, strategy, warmup):
     cpu = torch.device("cpu")
     batches = training_loader(data, config.crop, 2, config.seed, 0, 2, cpu, num_workers=0)
     for step, batch in enumerate(batches):
-        views = pos_meo.make_views(batch, config.crop, data.info.blur)
+        views = pos_meo.make_views(batch, config.crop, data.info.photometry)
         losses = getattr(pos_meo, config.baseline + "_losses")(model, *teacher, views,
                                                                config.threshold, 0.0)
         g_sup, g_unsup = (flat(torch.autograd.grad(
@@ -396,7 +397,7 @@ def test_a_collapsed_run_is_stopped(classes, factor, stops, shapes, tmp_path, fl
 
 def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monkeypatch):
     """Nothing is drawn but the order of images, and the transformer has no batch norm."""
-    monkeypatch.setattr(pos_meo, "strong_augment", lambda images, blur_sigma: 1 - images)
+    monkeypatch.setattr(pos_meo, "strong_augment", lambda images, photometry: 1 - images)
     monkeypatch.setattr(pos_meo, "cutmix_boxes", lambda batch, size, device: (
         (torch.arange(size) < size // 2)[:, None].expand(batch, size, size)))
     monkeypatch.setattr(torch, "rand", torch.zeros)  # all channels are kept

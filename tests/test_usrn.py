@@ -18,7 +18,7 @@ from torch import nn
 
 import usrn
 from common import runtime
-from common.augment import IGNORE, normalize
+from common.augment import IGNORE, Photometry, normalize
 from common.data import Data, Sample, dataset_info, load_data
 from common.evaluate import evaluate, load_predictor
 from common.models import DeepLabV3Plus, PSPNet, resize
@@ -379,10 +379,10 @@ def test_nothing_labeled_and_nothing_valid_give_zero_not_nan():
 
 
 def test_views_and_the_classes_of_subclasses(monkeypatch):
-    monkeypatch.setattr(usrn, "strong_augment", lambda images, blur_sigma: 1 - images)
+    monkeypatch.setattr(usrn, "strong_augment", lambda images, photometry: 1 - images)
     images = torch.randint(256, (2, 2, 3, 9, 9), generator=seeded(80), dtype=torch.uint8)
     batch = {"labeled": images[0], "unlabeled": images[1], "label": draw_label(81, 7, 2, 9, 9)}
-    views = usrn.make_views(batch, (0.1, 1.0), PARENTS)
+    views = usrn.make_views(batch, Photometry(blur=(0.1, 1.0)), PARENTS)
     assert torch.equal(views["subclass"], batch["label"]) and views["label"].dtype == torch.uint8
     pairs = set(zip(views["subclass"].flatten().tolist(), views["label"].flatten().tolist()))
     assert pairs == {*enumerate(PARENTS.tolist()), (IGNORE, IGNORE)}
