@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ./run_all.sh        environment, embedded data, the main job in short, tables and pictures
 # ./run_all.sh all    every row of .docs/rows.txt at full length; SEEDS="0 1 2" repeats each
-# ./run_all.sh real DATA   the same rows on the data sets in DATA, by the recipes of .docs/real.txt
+# ./run_all.sh real DATA [NAMES]   the same rows on the data sets in DATA, by the recipes of
+#                     .docs/real.txt, whose names match (default: all but paper_*); JOBS=1 on a GPU
 # ./run_all.sh test   environment, all tests; further arguments are pytest's
 # The active Python is used where it has requirements.txt, otherwise .venv is made (by $PYTHON).
 set -euo pipefail
@@ -30,7 +31,7 @@ all) ;;
 real)  # a recipe: folder, which rows, options; rows' own options come last and win
     data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
     folder=runs/real
-    rows=$(grep -v "^#" .docs/real.txt | while read -r name which recipe; do
+    rows=$(grep -E "^(${3:-[^#p]\S*}) " .docs/real.txt | while read -r name which recipe; do
         awk -v name="$name" -v which="^($which)$" -v recipe="${recipe//DATA/$data}" '
             $1 ~ which { sub(".*/", name "/", $1); $2 = $2 " " recipe; print }' <<<"$rows"
     done) ;;
@@ -52,7 +53,7 @@ export -f train
 for data in shapes phantom; do "$python" -m common.synthetic --dataset "$data"; done
 status=0
 for seed in ${SEEDS:-0}; do sed "s/^/$seed /" <<<"$rows"; done |
-    xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 bash -c 'train "$@"' train || status=1
+    xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -L 1 bash -c 'train "$@"' train || status=1
 for run in "$folder"/*/*/seed*; do "$python" -m common.figures "$run" 2>/dev/null || true; done
 for run in "$folder"/*/diffmatch/seed*; do
     "$python" -m common.evaluate --checkpoint "$run/latest.pt" --set steps=1 \

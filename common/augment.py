@@ -126,7 +126,11 @@ class Photometry(NamedTuple):
     """Strength of the strong view."""
 
     jitter: float = 0.5  # torchvision's ColorJitter(jitter, jitter, jitter, jitter / 2)
-    blur: tuple[float, float] = (0.1, 2.0)  # sigma, pixels
+    blur: tuple[float, float] = (0.1, 2.0)  # sigma, pixels; 0.1 leaves an image as it is
+
+    def scaled(self, strength: float) -> "Photometry":
+        jitter, (least, most) = self
+        return Photometry(strength * jitter, (least, max(least, strength * most)))
 
 
 def strong_augment(x: Tensor, photometry: Photometry = Photometry()) -> Tensor:

@@ -57,6 +57,9 @@ def run_main(main) -> None:
     except KeyboardInterrupt:  # before a StopSignal is there
         complain("stopped by SIGINT: nothing to save")
         status = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read our output has gone, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except Exception as error:
         line = explain(error)
         if line is None:

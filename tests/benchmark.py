@@ -140,7 +140,7 @@ def steps_of(method: str, options: list[str], note) -> None:
     module.Log.step = noted
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):
         run = getattr(module, "run_stages", module.train)
-        run(parse(module.Config, argv=[*options, "--output", folder]))
+        run(parse(module.Config, argv=["--output", folder, *options]))
 
 
 def compare_trainings(candidates: dict[str, tuple[str, list[str]]], sizes, common: list[str]):
@@ -186,9 +186,9 @@ def step(sizes) -> None:
 
 def growth(sizes) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("images", "val_images"):
+        for seed, name in enumerate(("images", "val_images")):
             (Path(folder) / name).mkdir()
-            write_pictures(Path(folder) / name, 8)
+            write_pictures(Path(folder) / name, 8, seed)
             masks = Path(folder) / name.replace("images", "masks")
             masks.mkdir()
             for file in (Path(folder) / name).glob("*.png"):
@@ -198,8 +198,9 @@ def growth(sizes) -> None:
                       "84 classes": ["--classes", ",".join(map(str, range(4 * CLASSES)))]}
         method, flags = UNIMATCH
         candidates = {name: (method, [*flags, *more]) for name, more in candidates.items()}
-        common = ["--dataset", "folder", "--data-root", folder, "--weights", "none", "--backbone",
-                  sizes.backbone, "--classes", ",".join(map(str, range(CLASSES)))]
+        common = ["--dataset", "folder", "--data-root", folder, "--labeled", "4", "--weights",
+                  "none", "--backbone", sizes.backbone, "--classes",
+                  ",".join(map(str, range(CLASSES)))]
         compare_trainings(candidates, sizes, common)
 
 
@@ -225,6 +226,7 @@ def collectives(rank: int, port: int, method: str, options: list[str]) -> list[l
 
 
 def ranks(sizes) -> None:
+    os.environ["KINETO_LOG_LEVEL"] = "5"  # of the two processes
     candidates = {name: (method, [*SHAPES, sizes.backbone, *flags])
                   for name, (method, flags) in methods(sizes).items()}
     candidates["DiffRect"] = "diffrect", [*PHANTOM, "--warmup", "0"]
@@ -233,7 +235,9 @@ def ranks(sizes) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         flags = [*flags, "--crop", str(sizes.crop), "--batch-size", str(2 * sizes.batch)]
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        with (tempfile.TemporaryDirectory() as folder,
+              ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool):
+            flags += ["--output", folder]
             both = [pool.submit(collectives, rank, port, method, flags) for rank in range(2)]
             first, second = [future.result() for future in both]
         same = first == second and all(sorted(one) == sorted(first[0]) for one in first)
@@ -247,6 +251,17 @@ def strategies(sizes) -> None:
     candidates = {"uniform": ("pos_meo", ["--strategy", "uniform", "--no-measure"]),
                   "POS + MEO": ("pos_meo", ["--warmup", "0"])}
     compare_trainings(candidates, sizes, [*SHAPES, sizes.backbone])
+
+    model, images = DeepLabV3Plus(sizes.backbone, CLASSES, "none"), torch.zeros(2, 3, 64, 64)
+    whole = torch.ones(2, 64, 64, dtype=torch.bool)
+    batch = {"labeled": images, "unlabeled": images, "label": whole.long(), "valid": whole}
+    views, operations = pos_meo.make_views(batch, 64, Photometry()), []
+    for traversals in (lambda *losses: [sum(losses)], lambda *losses: losses):
+        with FlopCounterMode(display=False) as counter:
+            for loss in traversals(*pos_meo.unimatch_v1_losses(model, views, 0.95, 0)[:2]):
+                loss.backward(retain_graph=True)
+        operations.append(counter.get_total_flops())
+    say(f"  operations of V1, two traversals to one: {operations[1] / operations[0]:.3f}")
 
 
 def harm(sizes) -> None:
@@ -309,16 +324,17 @@ def rectification(sizes) -> None:
     compare_trainings(candidates, sizes, PHANTOM)
 
 
-def write_pictures(folder: Path, count: int) -> list[Sample]:
-    """JPEGs of 500x375 pixels with the detail of photographs, about 90 kB, and blank masks."""
-    rng, samples = np.random.default_rng(0), []
+def write_pictures(folder: Path, count: int, seed: int = 0) -> list[Sample]:
+    """JPEGs of 500x375 pixels, as detailed as photographs (90 kB), and masks of two classes."""
+    rng, samples = np.random.default_rng(seed), []
+    mask = np.repeat(np.uint8([[0], [1]]), [200, 175], axis=0).repeat(500, axis=1)
     for number in range(count):
         picture = np.zeros((375, 500, 3))
         for cell in (4, 16, 64):
             noise = rng.integers(0, 256, (375 // cell + 1, 500 // cell + 1, 3), dtype=np.uint8)
             picture += Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
         Image.fromarray((picture / 3).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
-        Image.new("L", (500, 375)).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / f"{number}.png")
         samples.append(Sample(f"{number}.jpg", f"{number}.png"))
     return samples
 

@@ -151,6 +151,14 @@ def test_strong_augment_is_torchvisions_on_the_same_draws(jitter, sigma):
     torch.testing.assert_close(last, out, atol=1e-5, rtol=0)
 
 
+def test_photometry_scales_from_the_recipes_to_none():
+    recipe = augment.Photometry(0.5, (0.1, 1.0))
+    assert recipe.scaled(1) == recipe and recipe.scaled(0.5) == (0.25, (0.1, 0.5))
+    x = images(40, 11, 10)[:, :1].expand(-1, 3, -1, -1)
+    out = augment.strong_augment(x, recipe.scaled(0))
+    torch.testing.assert_close(out, x, atol=2e-4, rtol=0)  # grey's weights sum to 0.9999
+
+
 def test_strong_augment_has_the_recipes_probabilities():
     x = torch.tensor([0.2, 0.5, 0.7]).view(1, 3, 1, 1).repeat(4000, 1, 9, 10)
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import write_voc
-from programs import assert_identical, interrupt, refuse, run, run_as_program, state, succeed
+from programs import (assert_identical, interrupt, refuse, run, run_as_program, start, state,
+                      succeed)
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 STEPS = 12
@@ -148,3 +149,9 @@ def test_tensorboard_events(pictures, tmp_path, here):
     pytest.importorskip("tensorboard", reason="--tensorboard needs the package tensorboard")
     here("daw.py", *options(pictures, tmp_path), "--iterations", "1", "--tensorboard")
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_reader_that_has_enough_is_no_error(pictures):
+    process = start("-m", "common.data", "check", *options(pictures, "unused")[:8], bufsize=1)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 128 + signal.SIGPIPE and process.stderr.read() == ""
