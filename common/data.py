@@ -152,6 +152,8 @@ class DataOptions:
     split_seed: int | None = option(None, "or draw so many at random, with every class", low=0)
     labeled_list: str | None = option(None, "or a file: an id, or image and mask path, a line")
     unlabeled_list: str | None = option(None, "likewise; without it the full training list is used")
+    resize: float | None = option(None, "weak view: random size from 1/R to R times the picture's "
+                                        "(shapes: 0.7 to 1.4; others: 2)", low=1)
     photometry: float = option(1, "strength of the strong view's colour jitter and blur; 0: none",
                                low=0, high=1)
     download: bool = option(False, "fetch published lists, and VOC2012 through torchvision")
@@ -453,7 +455,8 @@ def load_data(options: DataOptions) -> Data:
     Raises UserError for what is unknown, missing or wrong.
     """
     info = dataset_info(options.dataset, options.classes)
-    info = replace(info, photometry=info.photometry.scaled(options.photometry))
+    scale = (1 / options.resize, options.resize) if options.resize else info.scale
+    info = replace(info, scale=scale, photometry=info.photometry.scaled(options.photometry))
     name, root = info.name, Path(options.data_root or f"data/{info.name}")
     labeled_name = options.labeled or info.default_labeled
     require(not options.labeled_list or options.labeled is None and options.split_seed is None,

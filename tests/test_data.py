@@ -208,6 +208,16 @@ def test_pascal_reads_its_published_lists(voc, voc_root):
 # ---------------------------------------------------------------- splits
 
 
+def test_options_for_the_views(voc):
+    info = load_data(voc).info
+    assert info.scale == (0.5, 2) and info.photometry == (0.5, (0.1, 2))
+    info = load_data(replace(voc, resize=1.25, photometry=0)).info
+    assert info.scale == (0.8, 1.25) and info.photometry == (0, (0.1, 0.1))
+    sizes = {TrainingSet(load_data(replace(voc, resize=1)), 64, 0)[0, 0, k]["valid"].sum().item()
+             for k in range(4)}
+    assert len(sizes) == 1  # never resized, and smaller than the crop
+
+
 def test_labeled_and_unlabeled_make_up_the_full_list(voc, voc_root):
     before, chosen = replace(voc), ids(voc_root, "labeled_3")
     data = load_data(replace(voc, labeled="all"))
