@@ -326,7 +326,8 @@ def table_of_claims(folders: Sequence[Path]) -> str:
 
     A claim is a difference: of two rows' mIoU or Dice, or of what stands behind a colon, see
     `quantity`. Runs of one seed make a pair; a cell has the pairs' mean difference, its 95 %
-    interval (Student's t) and a word: "holds" or "reversed" where 0 is not in the interval.
+    interval (Student's t) and a word: "holds" or "reversed" where 0 is not in the interval. Claims
+    for which no folder has runs are left out.
     """
     with reading(CLAIMS):
         claims = list(csv.DictReader(CLAIMS.read_text().splitlines(), delimiter="\t"))
@@ -335,7 +336,8 @@ def table_of_claims(folders: Sequence[Path]) -> str:
     for claim in claims:
         sides = claim["higher"], claim["lower"]
         cells = [verdict(differences(rows, *sides)) for rows in found.values()]
-        lines.append([claim["claim"], claim["paper"] or "-", *cells])
+        if set(cells) != {"-"}:
+            lines.append([claim["claim"], claim["paper"] or "-", *cells])
     return markdown(lines)
 
 
