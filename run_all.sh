@@ -7,6 +7,10 @@
 # The active Python is used where it has requirements.txt, otherwise .venv is made (by $PYTHON).
 set -euo pipefail
 cd "$(dirname "$0")"
+case "${1:-short}" in
+short | all | real | test) ;;
+*) sed -n "2,7s/^# //p" run_all.sh >&2; exit 2 ;;
+esac
 
 ready() {  # torchvision's operators fail to load where it does not belong to torch
     "$1" -m pip install --quiet --dry-run --no-index -r requirements.txt &&
@@ -26,16 +30,19 @@ if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 options=
 folder=runs
 rows=$(grep -v "^#" .docs/rows.txt)
-case "${1:-}" in
+case "${1:-short}" in
 all) ;;
 real)  # a recipe: folder, which rows, options; rows' own options come last and win
     data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
     folder=runs/real
-    rows=$(grep -E "^(${3:-[^#p]\S*}) " .docs/real.txt | while read -r name which recipe; do
+    recipes=$(grep -E "^(${3:-[^#].*}) " .docs/real.txt || true)
+    if [ -z "${3:-}" ]; then recipes=$(grep -v "^paper_" <<<"$recipes"); fi
+    if [ -z "$recipes" ]; then echo "no recipe of .docs/real.txt is named $3" >&2; exit 1; fi
+    rows=$(while read -r name which recipe; do
         awk -v name="$name" -v which="^($which)$" -v recipe="${recipe//DATA/$data}" '
             $1 ~ which { sub(".*/", name "/", $1); $2 = $2 " " recipe; print }' <<<"$rows"
-    done) ;;
-*)
+    done <<<"$recipes") ;;
+short)
     folder=runs/short
     rows=$(sed -n '/^# ---/q; /^#/!p' .docs/rows.txt)
     options="--iterations 500" ;;
@@ -55,11 +62,11 @@ status=0
 for seed in ${SEEDS:-0}; do sed "s/^/$seed /" <<<"$rows"; done |
     xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -L 1 bash -c 'train "$@"' train || status=1
 for run in "$folder"/*/*/seed*; do "$python" -m common.figures "$run" 2>/dev/null || true; done
-for run in "$folder"/*/diffmatch/seed*; do
-    "$python" -m common.evaluate --checkpoint "$run/latest.pt" --set steps=1 \
-        --output "$run/steps_1.json" >/dev/null 2>&1 || true
-done
 if [ -n "${1:-}" ]; then
+    for run in "$folder"/*/diffmatch/seed*; do
+        "$python" -m common.evaluate --checkpoint "$run/latest.pt" --set steps=1 \
+            --output "$run/steps_1.json" >/dev/null 2>&1 || true
+    done
     folders=$(sed "s#/.*##; s#^#$folder/#" <<<"$rows" | sort -u)
     "$python" -m common.evaluate --claims $folders || true
 fi

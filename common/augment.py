@@ -136,7 +136,8 @@ class Photometry(NamedTuple):
 def strong_augment(x: Tensor, photometry: Photometry = Photometry()) -> Tensor:
     """Colour jitter (p 0.8), grayscale (p 0.2), blur (p 0.5) of x, float [B, 3, H, W] in [0, 1].
 
-    Jitter: three factors U(1 - j, 1 + j), hue's shift U(-j / 2, j / 2), any order.
+    Jitter: three factors U(1 - j, 1 + j), hue's shift U(-j / 2, j / 2), any order. Blur:
+    sigma U(least, most).
     """
     jitter, (least, most) = photometry
     uniform = torch.rand(8, len(x), device=x.device, dtype=x.dtype)

@@ -154,8 +154,8 @@ class DataOptions:
     unlabeled_list: str | None = option(None, "likewise; without it the full training list is used")
     resize: float | None = option(None, "weak view: random size from 1/R to R times the picture's "
                                         "(shapes: 0.7 to 1.4; others: 2)", low=1)
-    photometry: float = option(1, "strength of the strong view's colour jitter and blur; 0: none",
-                               low=0, high=1)
+    photometry: float = option(1, "strength of the strong view's colour jitter and blur; 0: only "
+                                  "grayscale and CutMix are left", low=0, high=1)
     download: bool = option(False, "fetch published lists, and VOC2012 through torchvision")
     lists: str | None = option(None, "refuse other lists of images than those with this digest")
 

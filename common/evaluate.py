@@ -283,8 +283,11 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
             rows.setdefault(run.parent.name, {})[run.name] = run
         else:
             print(f"not finished, left out: {run}", file=sys.stderr)
-    require(bool(rows), f"no finished run in {folder}: there is no <row>/seed<k>/results.json")
     return rows
+
+
+def require_runs(found: bool, folders: str) -> None:
+    require(found, f"no finished run in {folders}: there is no <row>/seed<k>/results.json")
 
 
 def read_json(path: Path) -> dict:
@@ -306,6 +309,7 @@ def table_of_runs(folder: Path, per_class: bool = False) -> str:
     """
     rows = {row: [columns(scores(run), per_class) for run in runs.values()]
             for row, runs in finished_runs(folder).items()}
+    require_runs(bool(rows), str(folder))
     titles = {tuple(scores) for seeds in rows.values() for scores in seeds}
     require(len(titles) == 1, f"{folder} has runs on different classes, or on images and volumes: "
                               f"put them into folders of their own")
@@ -326,12 +330,13 @@ def table_of_claims(folders: Sequence[Path]) -> str:
 
     A claim is a difference: of two rows' mIoU or Dice, or of what stands behind a colon, see
     `quantity`. Runs of one seed make a pair; a cell has the pairs' mean difference, its 95 %
-    interval (Student's t) and a word: "holds" or "reversed" where 0 is not in the interval. Claims
-    for which no folder has runs are left out.
+    interval (Student's t) and a word: "holds" or "reversed" where 0 is not in the interval, which
+    one claim in twenty shows by chance. Claims for which no folder has runs are left out.
     """
     with reading(CLAIMS):
         claims = list(csv.DictReader(CLAIMS.read_text().splitlines(), delimiter="\t"))
     found = {folder: finished_runs(folder) for folder in folders}
+    require_runs(any(found.values()), ", ".join(map(str, folders)))
     lines = [["claim", "paper", *map(str, folders)]]
     for claim in claims:
         sides = claim["higher"], claim["lower"]
@@ -363,7 +368,8 @@ def quantity(run: Path, name: str) -> float | None:
             return found.get(name)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
         begin = 2 / 3 * lines[-1]["iteration"]
-        values = [line[name] for line in lines if name in line and line["iteration"] > begin]
+        values = [line.get(name) for line in lines if line["iteration"] > begin]
+    values = [value for value in values if value is not None]
     return statistics.fmean(values) if values else None
 
 

@@ -49,6 +49,7 @@ def run_main(main) -> None:
     """Call `main()` and exit with its status; a UserError becomes one line and status 1."""
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         # From a loader worker it arrives with a traceback around it; the last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
@@ -57,9 +58,14 @@ def run_main(main) -> None:
     except KeyboardInterrupt:  # before a StopSignal is there
         complain("stopped by SIGINT: nothing to save")
         status = 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read our output has gone, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
+    except BrokenPipeError as error:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever read our output has gone, such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + signal.SIGPIPE
+        else:
+            raise error
     except Exception as error:
         line = explain(error)
         if line is None:

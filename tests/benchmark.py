@@ -4,7 +4,8 @@
     step           training steps of all methods for images; DAW's augmentation and statistics
     growth         a training step of UniMatch with twice the crop, batch, four times the classes
     ranks          collectives, and numbers in them, of a step on two gloo ranks
-    strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two
+    strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two;
+                   their operations
     harm           steps of pos_meo.py against the mean gradient of all labeled images, or of many
                    unlabeled ones: --checkpoint of a run with UniMatch V1
     alignment      confidences and classes on unlabeled images without and with daw.py's alignment
@@ -19,8 +20,9 @@
 
 Without WHAT all of them, in small sizes. Candidates take turns, so that a busy machine slows all of
 them alike: use the ratios of medians. What warms up does not count. Training steps are those of the
-programs on embedded data, loading included, in a process for each run: memory is its peak, or on a
-GPU that of tensors. Other options, last, go to the program: --no-amp, --baseline unimatch_v2.
+programs on embedded data (growth: on noise), loading included, in a process for each run: memory is
+its peak, or on a GPU that of tensors. Other options, last, go to the program: --no-amp, --baseline
+unimatch_v2.
 """
 
 import argparse
@@ -234,7 +236,8 @@ def ranks(sizes) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = [*flags, "--crop", str(sizes.crop), "--batch-size", str(2 * sizes.batch)]
+        crop = 64 * math.ceil(sizes.crop / 64) if method == "diffrect" else sizes.crop
+        flags = [*flags, "--crop", str(crop), "--batch-size", str(2 * sizes.batch)]
         with (tempfile.TemporaryDirectory() as folder,
               ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool):
             flags += ["--output", folder]

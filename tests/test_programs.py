@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.runtime import run_main
 from conftest import write_voc
 from programs import (assert_identical, interrupt, refuse, run, run_as_program, start, state,
                       succeed)
@@ -155,3 +156,8 @@ def test_a_reader_that_has_enough_is_no_error(pictures):
     process = start("-m", "common.data", "check", *options(pictures, "unused")[:8], bufsize=1)
     process.stdout.close()
     assert process.wait(timeout=120) == 128 + signal.SIGPIPE and process.stderr.read() == ""
+
+
+def test_another_broken_pipe_is_one(capsys):
+    with pytest.raises(BrokenPipeError):
+        run_main(lambda: exec("raise BrokenPipeError"))
