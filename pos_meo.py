@@ -411,7 +411,7 @@ def landscape(config: Config) -> None:
     folder, curves = Path(config.output or "runs/landscape"), {}
     for path in config.landscape.split(","):
         changes = {"data_root": config.data_root} if config.data_root else {}
-        model, saved, info = load_predictor(path, device, changes)
+        model, saved, _ = load_predictor(path, device, changes)
         require("alpha_unsup" in saved, f"{path} is no checkpoint of pos_meo.py")
         data, crop = load_data(data_options(saved)), saved["crop"]
         torch.manual_seed(config.seed)

@@ -277,7 +277,7 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
     for path in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
         run = path.parent
         with reading(run):
-            last = read_json(run / "results.json")["last"]
+            last = read_json(run / "results.json").get("last", {})
             finished = last.get("iteration") == read_json(path)["iterations"]
         if finished:
             rows.setdefault(run.parent.name, {})[run.name] = run
@@ -291,7 +291,7 @@ def require_runs(found: bool, folders: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {"last": {}}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -30,9 +30,7 @@ import contextlib
 import importlib
 import math
 import multiprocessing
-import os
 import resource
-import socket
 import sys
 import tempfile
 import time
@@ -60,6 +58,7 @@ from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, loa
 from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
 from common.models import DeepLabV3Plus, resize
 from common.runtime import bf16_is_fast, init_distributed, parse, require, run_main, say
+from programs import on_two_ranks
 
 CLASSES = 21
 SIZES = {"rounds": 5, "backbone": "resnet50", "crop": 321, "batch": 2, "points": 1_000_000,
@@ -206,10 +205,8 @@ def growth(sizes) -> None:
         compare_trainings(candidates, sizes, common)
 
 
-def collectives(rank: int, port: int, method: str, options: list[str]) -> list[list[tuple]]:
-    """[(kind, numbers in it), ...] of each step after the warm-up, as one of two ranks."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def collectives(method: str, options: list[str], rank: int) -> list[list[tuple]]:
+    """[(kind, numbers in it), ...] of each step after the warm-up, on any of the ranks."""
     running, steps = [], []
 
     def note(step: int) -> None:
@@ -228,21 +225,15 @@ def collectives(rank: int, port: int, method: str, options: list[str]) -> list[l
 
 
 def ranks(sizes) -> None:
-    os.environ["KINETO_LOG_LEVEL"] = "5"  # of the two processes
     candidates = {name: (method, [*SHAPES, sizes.backbone, *flags])
                   for name, (method, flags) in methods(sizes).items()}
     candidates["DiffRect"] = "diffrect", [*PHANTOM, "--warmup", "0"]
     for name, (method, flags) in candidates.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         crop = 64 * math.ceil(sizes.crop / 64) if method == "diffrect" else sizes.crop
         flags = [*flags, "--crop", str(crop), "--batch-size", str(2 * sizes.batch)]
-        with (tempfile.TemporaryDirectory() as folder,
-              ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool):
-            flags += ["--output", folder]
-            both = [pool.submit(collectives, rank, port, method, flags) for rank in range(2)]
-            first, second = [future.result() for future in both]
+        with tempfile.TemporaryDirectory() as folder:
+            work = partial(collectives, method, [*flags, "--output", folder])
+            first, second = on_two_ranks(work, Path(folder), timeout=3600)
         same = first == second and all(sorted(one) == sorted(first[0]) for one in first)
         kinds = Counter(kind for kind, _ in first[0])
         numbers = sum(numbers for _, numbers in first[0])
@@ -271,7 +262,7 @@ def harm(sizes) -> None:
     """A step takes 8 + 8 images; the means are over 60 such batches at the same weights."""
     if not sizes.checkpoint:
         return say("  needs --checkpoint")
-    model, config, info = load_predictor(sizes.checkpoint, "cpu")
+    model, config, _ = load_predictor(sizes.checkpoint, "cpu")
     model.train()
     data, gradients, pairs = load_data(data_options(config)), pos_meo.Gradients(model, 2), []
     for batch in training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"),

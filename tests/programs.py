@@ -89,7 +89,7 @@ def sigterm_at(step: int, folder: Path):
     runtime.Log.step = original
 
 
-def on_two_ranks(work, folder: Path) -> list:
+def on_two_ranks(work, folder: Path, timeout: float = 100) -> list:
     """What `work(rank)` returns in each of two forked processes of one gloo group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,7 +107,7 @@ def on_two_ranks(work, folder: Path) -> list:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=100)
+        process.join(timeout=timeout)
         process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
