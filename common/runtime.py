@@ -249,11 +249,15 @@ def mean_over_ranks(count: Tensor) -> Tensor:
 
 def neighbour(batch: Tensor) -> Tensor:
     """The image before each one in the *global* batch, [B, ...]: CutMix's partner."""
-    rolled = torch.roll(batch, 1, dims=0)
-    if dist.is_initialized():
-        last = [torch.empty_like(batch[-1]) for _ in range(world_size())]
-        dist.all_gather(last, batch[-1].contiguous())
-        rolled[0] = last[rank() - 1]
+    rolled, ranks = torch.roll(batch, 1, dims=0), world_size()
+    if ranks > 1:  # the last image goes to the next rank, as one message
+        sent = batch[-1].contiguous()
+        received = torch.empty_like(sent)
+        messages = [dist.P2POp(dist.isend, sent, (rank() + 1) % ranks),
+                    dist.P2POp(dist.irecv, received, (rank() - 1) % ranks)]
+        for request in dist.batch_isend_irecv(messages):
+            request.wait()
+        rolled[0] = received
     return rolled
 
 

@@ -58,7 +58,7 @@ from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, loa
 from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
 from common.models import DeepLabV3Plus, resize
 from common.runtime import bf16_is_fast, init_distributed, parse, require, run_main, say
-from programs import on_two_ranks
+from programs import on_ranks
 
 CLASSES = 21
 SIZES = {"rounds": 5, "backbone": "resnet50", "crop": 321, "batch": 2, "points": 1_000_000,
@@ -233,7 +233,7 @@ def ranks(sizes) -> None:
         flags = [*flags, "--crop", str(crop), "--batch-size", str(2 * sizes.batch)]
         with tempfile.TemporaryDirectory() as folder:
             work = partial(collectives, method, [*flags, "--output", folder])
-            first, second = on_two_ranks(work, Path(folder), timeout=3600)
+            first, second = on_ranks(work, Path(folder), timeout=3600)
         same = first == second and all(sorted(one) == sorted(first[0]) for one in first)
         kinds = Counter(kind for kind, _ in first[0])
         numbers = sum(numbers for _, numbers in first[0])

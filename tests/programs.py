@@ -89,28 +89,28 @@ def sigterm_at(step: int, folder: Path):
     runtime.Log.step = original
 
 
-def on_two_ranks(work, folder: Path, timeout: float = 100) -> list:
-    """What `work(rank)` returns in each of two forked processes of one gloo group."""
+def on_ranks(work, folder: Path, ranks: int = 2, timeout: float = 100) -> list:
+    """What `work(rank)` returns in each of the forked processes of one gloo group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def enter(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.cuda.is_available = lambda: False  # CUDA does not survive a fork
-        assert runtime.init_distributed("cpu") == (rank, 2, torch.device("cpu"))
+        assert runtime.init_distributed("cpu") == (rank, ranks, torch.device("cpu"))
         torch.save(work(rank), folder / f"rank_{rank}.pt")
 
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=enter, args=(rank,)) for rank in range(2)]
-    for process in ranks:
+    processes = [fork.Process(target=enter, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join(timeout=timeout)
         process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(ranks)]
 
 
 def state(folder: Path) -> dict:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from programs import QUICK, assert_identical, assert_near, lines_of, on_two_ranks, state
+from programs import QUICK, assert_identical, assert_near, lines_of, on_ranks, state
 from torch import nn
 
 import daw
@@ -346,7 +346,7 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, 
     torch.set_default_dtype(torch.float64)
     options = "--batch-size 4 --stats-momentum 0.5 --lr 1 --crop 64".split()  # with padding
     train(shapes, tmp_path / "one", *options)
-    on_two_ranks(lambda rank: train(shapes, tmp_path / "two", *options), tmp_path)
+    on_ranks(lambda rank: train(shapes, tmp_path / "two", *options), tmp_path)
     two, one = state(tmp_path / "two"), state(tmp_path / "one")
     lines, learned = lines_of(tmp_path / "one"), one["statistics"]["mean"].tolist()
     assert [lines[-1]["mu_pos"], lines[-1]["mu_neg"]] == pytest.approx(learned, abs=1e-5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from programs import (QUICK, assert_identical, assert_near, lines_of, on_two_ranks, run_as_program,
+from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, run_as_program,
                       sigterm_at, state)
 from torch import nn
 
@@ -387,7 +387,7 @@ def step_of_rank(rank, ranks):
 
 
 def test_two_ranks_take_the_step_of_one_process(tmp_path):
-    ranks = on_two_ranks(lambda rank: step_of_rank(rank, 2), tmp_path)
+    ranks = on_ranks(lambda rank: step_of_rank(rank, 2), tmp_path)
     for first, second, alone in zip(*ranks, step_of_rank(0, 1)):
         torch.testing.assert_close((first + second) / 2, alone, rtol=1e-9, atol=1e-12)
     assert ranks[0][0] != ranks[1][0] and torch.equal(ranks[0][2], ranks[1][2])

@@ -21,7 +21,7 @@ from common.augment import normalize
 from common.data import Data, DataOptions, Sample, dataset_info, load_data
 from common.models import DeepLabV3Plus
 from common.runtime import UserError, run_main
-from programs import on_two_ranks
+from programs import on_ranks
 
 CPU = torch.device("cpu")
 CLASSES = ("ground", "water", "trees", "houses", "roads")
@@ -212,7 +212,7 @@ def test_ranks_share_the_images_and_agree_after_one_message(data, network, tmp_p
         results = ev.evaluate(network, data, "val", 16, CPU, 0, threshold=0.5)
         return [results, len(images), len(messages), network[0].running_mean.tolist()]
 
-    ranks = on_two_ranks(on_rank, tmp_path)
+    ranks = on_ranks(on_rank, tmp_path)
     network[0].running_mean += 0.5
     alone = ev.evaluate(network, data, "val", 16, CPU, 0, threshold=0.5)
     for number, images in enumerate((2, 1)):

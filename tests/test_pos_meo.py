@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import (QUICK, assert_identical, assert_near, lines_of, on_two_ranks, run_as_program,
+from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, run_as_program,
                       sigterm_at, state)
 from torch import nn
 
@@ -405,7 +405,7 @@ def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, float64, monk
                "--warmup", 0, "--output"]
     configs = [configured("--threshold", 0.15, *options, tmp_path / n) for n in ("one", "two")]
     pos_meo.train(configs[0])
-    on_two_ranks(lambda rank: pos_meo.train(configs[1]), tmp_path)
+    on_ranks(lambda rank: pos_meo.train(configs[1]), tmp_path)
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     for name, value in one["model"].items():
         assert_near(two["model"][name], value, rel=1e-9)

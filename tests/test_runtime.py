@@ -19,7 +19,7 @@ import daw
 from common import runtime
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, StopSignal, UserError, option,
                             parse, read_checkpoint, write_atomically)
-from programs import assert_identical, on_two_ranks
+from programs import assert_identical, on_ranks
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 
@@ -134,7 +134,7 @@ def test_one_process_is_a_group_of_one(monkeypatch):
 
 
 def test_two_ranks_share_a_batch(tmp_path):
-    batch, known = torch.arange(12.0).view(6, 2), torch.tensor([5, 2])
+    known = torch.tensor([5, 2])
 
     def work(rank: int):
         norm = nn.BatchNorm1d(2)
@@ -146,13 +146,24 @@ def test_two_ranks_share_a_batch(tmp_path):
         mean, least = runtime.mean_over_ranks(count), runtime.mean_over_ranks(torch.tensor(0))
         total = runtime.all_reduce_sum(torch.tensor([1.0, rank]))
         assert (count, mean, least, total.tolist()) == (known[rank], 3.5, 1, [2, 1])
-        return runtime.neighbour(batch.chunk(2)[rank]), norm.state_dict()
+        return norm.state_dict()
 
-    partners, norms = zip(*on_two_ranks(work, tmp_path))
-    assert torch.equal(torch.cat(partners), batch[[5, 0, 1, 2, 3, 4]])
-    for rank, norm in enumerate(norms):
+    for rank, norm in enumerate(on_ranks(work, tmp_path)):
         assert norm["running_mean"].tolist() == [2.5, 2.5] and norm["num_batches_tracked"] == 4
         assert norm["weight"].tolist() == [1 + rank] * 2  # parameters are DDP's
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_neighbour_in_the_global_batch(tmp_path, ranks):
+    images = torch.arange(6 * 3 * 2 * 2).view(6, 3, 2, 2)
+    batches = [images > 35, images.byte(), images,  # masks, pictures, labels, normalised
+               images.float().to(memory_format=torch.channels_last)]
+
+    def work(rank: int):
+        return [runtime.neighbour(batch.tensor_split(ranks)[rank]) for batch in batches]
+
+    for batch, *partners in zip(batches, *on_ranks(work, tmp_path, ranks)):
+        assert torch.equal(torch.cat(partners), batch[[5, 0, 1, 2, 3, 4]])
 
 
 def test_ranks_wait_for_the_first_and_stop_together(tmp_path):
@@ -172,7 +183,7 @@ def test_ranks_wait_for_the_first_and_stop_together(tmp_path):
                 break
         return found, step, status_of(stop.leave_if_requested, step)
 
-    assert on_two_ranks(work, tmp_path) == [(True, 20, 143)] * 2
+    assert on_ranks(work, tmp_path) == [(True, 20, 143)] * 2
 
 
 def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
@@ -186,7 +197,7 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
         expected = torch.rand(4)
         return means, Run(tmp_path / "run").first, torch.equal(torch.rand(4), expected)
 
-    assert on_two_ranks(work, tmp_path) == [({"loss": 3.5}, 2, True)] * 2  # mean of 1, 2, 5, 6
+    assert on_ranks(work, tmp_path) == [({"loss": 3.5}, 2, True)] * 2  # mean of 1, 2, 5, 6
     assert lines_of(tmp_path / "run") == [{"iteration": 2, "loss": 3.5}]  # by the first rank
 
 

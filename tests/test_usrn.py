@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import (QUICK, assert_identical, assert_near, lines_of, on_two_ranks, run_as_program,
+from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, run_as_program,
                       sigterm_at, state)
 from torch import nn
 
@@ -652,7 +652,7 @@ def test_bad_options_are_refused_in_one_line_before_anything_is_written(options,
 def test_two_ranks_cluster_once_and_train_together(shapes, tmp_path, capfd):
     options = [*SHORT, "--batch-size", "4", "--data-root", str(shapes)]
     config = runtime.parse(usrn.Config, argv=[*options, "--output", str(tmp_path / "run")])
-    on_two_ranks(lambda rank: usrn.run_stages(config), tmp_path)
+    on_ranks(lambda rank: usrn.run_stages(config), tmp_path)
     assert capfd.readouterr().out.count("class balance rate") == 1
     saved = state(tmp_path / "run")
     assert saved["iteration"] == 4 and len(saved["rng"]) == 2 and "subclass_model" in saved
