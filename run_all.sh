@@ -7,9 +7,29 @@
 # The active Python is used where it has requirements.txt, otherwise .venv is made (by $PYTHON).
 set -euo pipefail
 cd "$(dirname "$0")"
+options=
+folder=runs
+rows=$(grep -v "^#" .docs/rows.txt)
 case "${1:-short}" in
-short | all | real | test) ;;
-*) sed -n "2,7s/^# //p" run_all.sh >&2; exit 2 ;;
+all | test) ;;
+real)  # a recipe: folder, which rows, options; rows' own options come last and win
+    data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
+    if [[ $data == *[[:space:]]* ]]; then echo "a path without spaces: $data" >&2; exit 1; fi
+    folder=runs/real
+    recipes=$(grep -E "^(${3:-[^#].*}) " .docs/real.txt || true)
+    if [ -z "${3:-}" ]; then recipes=$(grep -v "^paper_" <<<"$recipes"); fi
+    if [ -z "$recipes" ]; then echo "no recipe of .docs/real.txt is named $3" >&2; exit 1; fi
+    rows=$(while read -r name which recipe; do
+        awk -v name="$name" -v which="^($which)$" -v recipe="${recipe//DATA/$data}" '
+            $1 ~ which { sub(".*/", name "/", $1); $2 = $2 " " recipe; print }' <<<"$rows"
+    done <<<"$recipes") ;;
+short)
+    folder=runs/short
+    rows=$(sed -n '/^# ---/q; /^#/!p' .docs/rows.txt)
+    options="--iterations 500" ;;
+*)
+    sed -n "2,7s/^# //p" run_all.sh >&2
+    exit 2 ;;
 esac
 
 ready() {  # torchvision's operators fail to load where it does not belong to torch
@@ -27,26 +47,6 @@ if [ "$python" = none ]; then
 fi
 if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 
-options=
-folder=runs
-rows=$(grep -v "^#" .docs/rows.txt)
-case "${1:-short}" in
-all) ;;
-real)  # a recipe: folder, which rows, options; rows' own options come last and win
-    data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
-    folder=runs/real
-    recipes=$(grep -E "^(${3:-[^#].*}) " .docs/real.txt || true)
-    if [ -z "${3:-}" ]; then recipes=$(grep -v "^paper_" <<<"$recipes"); fi
-    if [ -z "$recipes" ]; then echo "no recipe of .docs/real.txt is named $3" >&2; exit 1; fi
-    rows=$(while read -r name which recipe; do
-        awk -v name="$name" -v which="^($which)$" -v recipe="${recipe//DATA/$data}" '
-            $1 ~ which { sub(".*/", name "/", $1); $2 = $2 " " recipe; print }' <<<"$rows"
-    done <<<"$recipes") ;;
-short)
-    folder=runs/short
-    rows=$(sed -n '/^# ---/q; /^#/!p' .docs/rows.txt)
-    options="--iterations 500" ;;
-esac
 export python folder options
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 train() {  # seed, row, script, options: one that fails stops no other

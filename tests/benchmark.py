@@ -206,15 +206,16 @@ def growth(sizes) -> None:
 
 
 def collectives(method: str, options: list[str], rank: int) -> list[list[tuple]]:
-    """[(kind, numbers in it), ...] of each step after the warm-up, on any of the ranks."""
+    """[(kind, numbers in it), ...] a rank sends in each step after the warm-up."""
     running, steps = [], []
 
     def note(step: int) -> None:
         if running:
             profiler = running.pop()
             profiler.stop()
-            steps.append([(event.name.partition(":")[2], math.prod(*event.input_shapes))
-                          for event in profiler.events() if event.name.startswith("gloo:")])
+            steps.append([(event.name.removeprefix("gloo:"), math.prod(*event.input_shapes))
+                          for event in profiler.events()
+                          if event.name in ("gloo:all_reduce", "gloo:all_gather", "gloo:send")])
         if WARM_UP <= step < WARM_UP + STEPS:
             running.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                                   record_shapes=True))
