@@ -484,7 +484,7 @@ def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor
         output = str(folder.with_name("supervised"))
         model = train(replace(config, model="baseline", output=output, iterations=steps,
                               eval_every=steps), data, device)
-        with main_first(of_each_node=False):
+        with main_first():
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 made = make_subclasses(model, data, files, device, config.clustering == "balanced",

@@ -38,7 +38,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from common.augment import IGNORE, Photometry, weak_geometry
 from common.figures import voc_palette
 from common.runtime import (UserError, main_first, option, parse, rank, reading, require, run_main,
-                            say, world_size, write_atomically)
+                            say, world_size, write_atomically, write_lines)
 from common.synthetic import SHAPES, generate_shapes
 
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -67,7 +67,7 @@ class DatasetInfo:
     name: str
     classes: tuple[str, ...]
     default_labeled: str
-    colors: tuple[tuple[int, int, int], ...] = ()  # of the classes; empty: PASCAL VOC's
+    palette: tuple[tuple[int, int, int], ...] = voc_palette()  # RGB of the classes
     embedded: bool = False  # made on first use
     backbone: str = "resnet101"
     crop: int = 321
@@ -87,10 +87,6 @@ class DatasetInfo:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
-        return self.colors or voc_palette(256)
-
 
 def shapes(name: str, crop: int, epochs: int) -> DatasetInfo:
     return DatasetInfo(
@@ -106,13 +102,13 @@ DATASETS = {info.name: info for info in (
     DatasetInfo("pascal", tuple(VOC.split()), "92"),
     DatasetInfo(
         "cityscapes", tuple(label.name for label in CITYSCAPES), "1/16",
-        colors=tuple(label.color for label in CITYSCAPES), crop=801, epochs=240, lr=0.005,
+        palette=tuple(label.color for label in CITYSCAPES), crop=801, epochs=240, lr=0.005,
         head_lr_multiplier=1, threshold=0.0, ohem=0.7, evaluation="sliding"),
     DatasetInfo(
         "coco", ("background", *(name for name in COCO if name != "N/A")), "1/512",
         backbone="xception65", crop=513, epochs=30, lr=0.004),
     DatasetInfo(
-        "camvid", tuple(CAMVID), "30", colors=tuple(CAMVID.values()), backbone="mobilenet_v2",
+        "camvid", tuple(CAMVID), "30", palette=tuple(CAMVID.values()), backbone="mobilenet_v2",
         crop=160, epochs=72, lr=0.02, head_lr_multiplier=5, eval_batch=8),
     DatasetInfo("lucchi", ("background", "mitochondrion"), "10", crop=512, epochs=400),
     DatasetInfo("folder", (), "all", backbone="resnet50"),
@@ -320,7 +316,7 @@ def official_list(name: str, root: Path, split: str) -> list[Sample]:
     file = CAMVID_LISTS[split] if name == "camvid" else f"ImageSets/Segmentation/{split}.txt"
     if split == "tune" and not (root / file).is_file():
         return []
-    require((root / file).is_file(), f"no {file} in {root}: {SOURCES.get(name)}")
+    require((root / file).is_file(), f"no {file} in {root}: {SOURCES.get(name, 'delete that folder')}")
     samples = read_list(root / file, root)
     if name == "camvid":  # SegNet's paths begin with its own folders
         images = ["/".join(sample.image.split("/")[-2:]) for sample in samples]
@@ -416,8 +412,7 @@ def random_split(samples: list[Sample], root: Path, num_classes: int, labeled: s
     if not path.is_file():
         require(all(sample.mask for sample in samples), "--split-seed needs a mask of every image")
         chosen = covering_choice(samples, root, num_classes, count, seed)
-        text = "".join(f"{sample.image} {sample.mask}\n" for sample in chosen)
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_lines(path, [f"{sample.image} {sample.mask}" for sample in chosen])
     return read_list(path, root)
 
 
@@ -516,11 +511,12 @@ def check_lists(data: Data) -> None:
                 f"{sample.image} is trained on and also in val or tune: scores would mean nothing")
     for sample in data.labeled + evaluation:
         require(bool(sample.mask), f"no mask is listed for {sample.image}: give an id or two paths")
+    source = SOURCES.get(data.info.name, "correct the list, or put it there")
     for sample in training + evaluation:
         for file in filter(None, (sample.image, sample.mask)):
             path = data.root / file
             require(path.name in names_in(path.parent),
-                    f"{path} is listed but missing: {SOURCES.get(data.info.name)}")
+                    f"{path} is listed but missing: {source}")
 
 
 def copies_of(evaluated: list[Path], files: list[Path]) -> set[Path]:

@@ -3,12 +3,11 @@
     python -m common.figures runs/shapes/daw    # draws what a run folder's log holds
 
 Label maps are uint8 [H, W]; 255 (ignored) and other values without a colour are light grey.
-Images are uint8, [H, W, 3] or [3, H, W]. Arrays and CPU tensors are both fine. Files appear whole
-or not at all; UserError if one cannot be written or matplotlib is missing.
+Images are uint8. Arrays and CPU tensors are both fine. Files appear whole or not at all; UserError
+if one cannot be written.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.augment import IGNORE
-from common.runtime import UserError, reading, require, run_main, write_atomically
+from common.runtime import reading, require, run_main, write_atomically
 
 Palette = Sequence[tuple[int, int, int]]  # RGB of the classes
 
@@ -51,15 +50,10 @@ def colorize(label, palette: Palette) -> np.ndarray:
 
 
 def overlay(image, label, palette: Palette, alpha: float = 0.5) -> np.ndarray:
-    """`alpha` of the label's colours over the image; ignored pixels stay bare. uint8 [H, W, 3]."""
-    image, label = channels_last(image), np.asarray(label)
+    """`alpha` of the label's colours over the image [H, W, 3]; ignored pixels stay bare. uint8."""
+    image, label = np.asarray(image), np.asarray(label)
     mixed = (1 - alpha) * image + alpha * colorize(label, palette)
     return np.where((label == IGNORE)[..., None], image, np.rint(mixed).astype(np.uint8))
-
-
-def channels_last(image) -> np.ndarray:
-    image = np.asarray(image)
-    return image if image.shape[-1] == 3 else np.moveaxis(image, 0, -1)
 
 
 def save_png(picture: Image.Image, path: str | Path) -> None:
@@ -78,14 +72,14 @@ def save_indexed_png(label, palette: Palette, path: str | Path) -> None:
 
 def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette, path: str | Path,
                 captions: Sequence[str] = ("image", "label", "prediction")) -> None:
-    """A PNG with a row (image, label map, ...) per sample and a legend of the classes that occur.
+    """A PNG with a row (image [3, H, W], label map, ...) per sample and a legend of their classes.
 
     `captions` heads the columns; ValueError if a row has more or fewer pictures. A map that is
     uint8 [H, W, 3], colours already, is shown as it is.
     """
     cells, occurring = [], set()
     for image, *maps in rows:
-        cells.append([fit(channels_last(image), Image.Resampling.LANCZOS)])
+        cells.append([fit(np.moveaxis(np.asarray(image), 0, -1), Image.Resampling.LANCZOS)])
         for map_ in map(np.asarray, maps):
             if map_.ndim == 2:
                 occurring.update(np.unique(map_).tolist())
@@ -138,22 +132,11 @@ def fit(picture: np.ndarray, reduction: Image.Resampling) -> Image.Image:
 # ---------------------------------------------------------------- figures, with matplotlib
 
 
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def figure_class():
-    """matplotlib's Figure. Raises UserError if the package is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("figures need the package matplotlib: pip install matplotlib") from error
-    return Figure
-
-
 def panels(height: float, *widths: float):
     """(figure, [axes]): a row of panels, in inches."""
-    figure = figure_class()(figsize=(sum(widths), height), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(sum(widths), height), layout="constrained")
     return figure, figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
 
 
@@ -198,20 +181,19 @@ def columns_of(lines: Sequence[dict], key: str) -> dict[str, np.ndarray]:
     return {name: np.array([line.get(name) for line in lines], float) for name in lines[0]}
 
 
-def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], labeled_pixels,
-                      path: str | Path) -> None:
+def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], path: str | Path) -> None:
     """How far rare classes are from their share of the pseudo labels.
 
     `lines` hold "pseudo <class>", "used <class>" and, where it is known, "true <class>", of all
-    pixels, in 0..1. Left, all classes in the last tenth of the training, by `labeled_pixels` [C];
-    right, the class with most and the one with fewest of them over the training.
+    pixels, in 0..1. Left, all classes in the last tenth of the training, by their mean share of the
+    first of these; right, the class with most and the one with fewest over the training.
     """
     column = columns_of(lines, f"pseudo {classes[0]}")
-    names = [classes[index] for index in np.argsort(-np.asarray(labeled_pixels), kind="stable")]
+    kinds = [kind for kind in ("true", "pseudo", "used") if f"{kind} {classes[0]}" in column]
+    names = sorted(classes, key=lambda name: -column[f"{kinds[0]} {name}"].mean())
     last = max(1, len(column["iteration"]) // 10)
     figure, (bars, *curves) = panels(3.6, 3.5 + 0.3 * len(names), 3.5, 3.5)
     places = np.arange(len(names))
-    kinds = [kind for kind in ("true", "pseudo", "used") if f"{kind} {names[0]}" in column]
     for index, kind in enumerate(kinds):
         percent = [100 * column[f"{kind} {name}"] for name in names]
         heights = [values[-last:].mean() for values in percent]
@@ -257,7 +239,9 @@ def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
 def compare_distributions(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
     """DAW, Figure 4: the densities of runs {name: lines}, a row each, after a tenth of the training
     and at its end."""
-    figure = figure_class()(figsize=(8.6, 2.6 * len(runs)), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 2.6 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 2, squeeze=False, sharex=True, sharey="col")
     for (name, lines), (early, late) in zip(runs.items(), rows):
         column = columns_of(lines, "t_star")
@@ -266,19 +250,16 @@ def compare_distributions(runs: dict[str, Sequence[dict]], path: str | Path) -> 
     save_figure(figure, path)
 
 
-def plot_gradients(columns: dict, title: str, path: str | Path) -> None:
-    """Gradients of two losses over the steps (POS, Figures 1 and 3). `columns` {name: [steps]}, nan
-    where not measured: cosine, min_cosine_uniform, min_cosine (of the step taken), alpha_unsup,
-    norm_sup, norm_unsup; iteration, unless it is 0, 1, 2, ..."""
-    measured = np.isfinite(np.asarray(columns["cosine"]))
-    column = {name: np.asarray(values)[measured] for name, values in columns.items()}
-    steps = column.get("iteration", np.flatnonzero(measured))
+def plot_gradients(lines: Sequence[dict], path: str | Path) -> None:
+    """Gradients of two losses over the steps (POS, Figures 1 and 3). `lines` hold cosine,
+    min_cosine_uniform, min_cosine (of the step taken), alpha_unsup, norm_sup, norm_unsup."""
+    column = columns_of(lines, "cosine")
     figure, (*scatters, norms) = panels(3.8, 3.6, 3.6, 3.6, 3.6, 3.6)
-    figure.suptitle(title)
+    figure.suptitle("means over the steps of a line")
     names = {"cosine": 0, "min_cosine_uniform": 0, "min_cosine": 0, "alpha_unsup": 0.5}
     for axes, (name, reference) in zip(scatters, names.items()):
         color = np.where(column[name] < reference, "tab:red", "tab:blue")
-        axes.scatter(steps, column[name], s=3, c=color, linewidths=0)
+        axes.scatter(column["iteration"], column[name], s=3, c=color, linewidths=0)
         axes.axhline(reference, color="black", linewidth=0.8)
         axes.set(title=name, xlabel="iteration", ylim=(2 * reference - 1.05, 1.05))
     pair = {name: column[name] for name in ("norm_sup", "norm_unsup")}
@@ -353,12 +334,9 @@ def main():
     if "t_star" in keys:
         plot_distributions(lines, folder / "distributions.png")
     if "cosine" in keys:
-        plot_gradients(columns_of(lines, "cosine"), "means", folder / "gradients.png")
+        plot_gradients(lines, folder / "gradients.png")
     if classes:
-        kind = "true" if f"true {classes[0]}" in keys else "pseudo"
-        shares = columns_of(lines, f"pseudo {classes[0]}")
-        order = [shares[f"{kind} {name}"].mean() for name in classes]
-        plot_class_shares(lines, classes, order, folder / "pseudo_labels.png")
+        plot_class_shares(lines, classes, folder / "pseudo_labels.png")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,6 @@ class VolumeInfo:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    @property
-    def palette(self) -> tuple[tuple[int, int, int], ...]:
-        return voc_palette(256)
-
 
 PHANTOM = VolumeInfo("phantom", CARDIAC_CLASSES, "3", embedded=True, crop=64, channels=8,
                      batch_size=4, lr=0.02, iterations=1200, consistency=1.0, rampup=0.3,
@@ -484,4 +480,4 @@ def write_sample_grid(label_maps: Callable[[Tensor], list[Tensor]], captions: Se
         maps = label_maps(to_float(torch.from_numpy(image)[None, None].to(device)))
         maps = [label_map[0].byte().cpu().numpy() for label_map in maps]
         rows.append((np.stack([image] * 3), label, *maps))
-    sample_grid(rows, data.info.classes, data.info.palette, path, captions)
+    sample_grid(rows, data.info.classes, voc_palette(), path, captions)

@@ -97,11 +97,9 @@ def predict_volume(predict: Predict, source: Path, target: Path, size: int,
 def predict_nifti(predict: Predict, source: Path, target: Path, size: int,
                   device: torch.device) -> None:
     """Write labels, uint8, on the grid of the image and with its affine."""
-    try:
-        import nibabel
-    except ImportError as error:
-        raise UserError(f"{source} needs the package nibabel: pip install nibabel") from error
     with reading(source):
+        import nibabel
+
         original = nibabel.load(source)
         image = np.asarray(original.dataobj, np.float32)
         image = turn(image.reshape(image.shape[:3]), original.affine).T  # [Z, Y, X]

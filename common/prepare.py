@@ -26,7 +26,7 @@ from common.augment import IGNORE
 from common.data import DATASETS, eight_bits, published_list, published_lists, voc_folder
 from common.figures import save_png
 from common.medical import Volume, min_max, turn, write_volume
-from common.runtime import Parser, reading, require, run_main, write_atomically
+from common.runtime import Parser, reading, require, run_main, write_lines
 
 
 def with_progress(items: Sequence, what: str) -> Iterator:
@@ -41,10 +41,6 @@ def files_below(folder: Path) -> list[Path]:
     """Sorted, also in linked folders, but no hidden ones: macOS leaves a ._ double of each file."""
     require(folder.is_dir(), f"no folder {folder}")
     return [folder / name for name in sorted(glob.glob("**/*", root_dir=folder, recursive=True))]
-
-
-def write_list(path: Path, lines: list[str]) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
 
 
 # ---------------------------------------------------------------- pictures
@@ -139,7 +135,7 @@ def prepare_lucchi(source: Path, root: Path) -> None:
         middles = (np.arange(count) + 0.5) * len(train) / count
         lists[f"labeled_{count}"] = [train[int(middle)] for middle in middles]
     for name, lines in lists.items():
-        write_list(root / "ImageSets" / "Segmentation" / f"{name}.txt", lines)
+        write_lines(root / "ImageSets" / "Segmentation" / f"{name}.txt", lines)
 
 
 def read_stack(path: Path) -> np.ndarray:
@@ -190,7 +186,7 @@ def prepare_volumes(dataset: str, source: Path, root: Path, download: bool) -> N
             write_volume(path, read_pair(*volumes[name], CLASSES[dataset]))
     for split, names in lists.items():
         lines = [f"{re.split('_(?:frame|LGE)', name)[0]} {name}" for name in names]
-        write_list(root / "lists" / f"{split}.txt", lines)
+        write_lines(root / "lists" / f"{split}.txt", lines)
 
 
 def find_volumes(dataset: str, source: Path) -> dict[str, tuple[Path, Path]]:

@@ -80,6 +80,8 @@ def run_main(main) -> None:
 
 def explain(error: Exception) -> str | None:
     """What the user can do about an error of PyTorch's; None where it is none of these."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs the package {error.name}: pip install {error.name}"
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if memory or "can't allocate memory" in str(error):
         return ("out of memory: lower --batch-size or --crop, or take --checkpoint-activations; "
@@ -192,12 +194,12 @@ def with_defaults(config, **values):
 def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]:
     """(rank, world size, device). Joins torchrun's process group: nccl on GPUs, gloo on CPUs."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require(name.split(":")[0] in ("cpu", "cuda"), f"--device takes cpu or cuda, not {name!r}")
+    require(re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device takes cpu or cuda, not {name!r}")
     if name.startswith("cuda"):
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        require(local_rank < gpus, f"--device cuda: {gpus} GPUs are too few; lower "
-                                   f"--nproc_per_node or take --device cpu")
-        name = f"cuda:{local_rank}" if name == "cuda" else name
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        gpus = torch.cuda.device_count()
+        require(int(name[5:]) < gpus, f"--device {name}: {gpus} GPUs are too few; lower "
+                                      f"--nproc_per_node or take --device cpu")
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -220,10 +222,9 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def main_first(of_each_node: bool = True):
-    """The first rank of each node, or of all, runs the block before others: for work on files."""
-    number = int(os.environ.get("LOCAL_RANK", 0)) if of_each_node else rank()
-    first, group = number == 0, None
+def main_first():
+    """The first rank of each node runs the block before any other rank: for work on files."""
+    first, group = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
     if dist.is_initialized():  # preparing data may take longer than NCCL's ten minutes
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if group and not first:
@@ -244,7 +245,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 def mean_over_ranks(count: Tensor) -> Tensor:
     """At least 1. With sums divided by it, DDP's mean of gradients is the global batch's."""
-    return (all_reduce_sum(count.float()) / world_size()).clamp(min=1)
+    return (all_reduce_sum(count.to(torch.float32, copy=True)) / world_size()).clamp(min=1)
 
 
 def neighbour(batch: Tensor) -> Tensor:
@@ -262,7 +263,7 @@ def neighbour(batch: Tensor) -> Tensor:
 
 
 # For DDP(network, **KEEP_BUFFERS): running statistics are not broadcast, as a step has two forward
-# passes; SyncBatchNorm keeps them equal, on CPUs `average_buffers`. Renamed in PyTorch 2.15.
+# passes; SyncBatchNorm keeps them equal, on CPUs `average_buffers`. Renamed in PyTorch 2.13.
 RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 KEEP_BUFFERS = {"forward_sync_buffers" if RENAMED else "broadcast_buffers": False}
 
@@ -306,6 +307,8 @@ def reading(path: str | Path):
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} needs the package {error.name}: pip install {error.name}") from None
     except Exception as error:  # foreign bytes can raise anything; all mean the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}") from error
@@ -337,6 +340,11 @@ def write_atomically(path: Path, write) -> None:
 
 def write_json(path: Path, value) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def write_lines(path: Path, lines) -> None:
+    text = "".join(f"{line}\n" for line in lines)
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
@@ -415,16 +423,11 @@ class Checkpoint:
             left_behind.unlink()
 
     def change_lr(self, theirs: dict) -> None:
-        """A run that diverged may go on with another --lr."""
-        if self.config["lr"] == theirs["lr"]:
-            return
-        factor = self.config["lr"] / theirs["lr"]
-        say(f"--lr {theirs['lr']} becomes {self.config['lr']}")
-        for group in self.state["optimizer"].param_groups:
-            group["lr"] *= factor
-            group["initial_lr"] *= factor
-        schedule = self.state["schedule"]
-        schedule.base_lrs = [factor * lr for lr in schedule.base_lrs]
+        """A run that diverged may go on with another --lr: PolynomialLR multiplies what there is."""
+        if self.config["lr"] != theirs["lr"]:
+            say(f"--lr {theirs['lr']} becomes {self.config['lr']}")
+            for group in self.state["optimizer"].param_groups:
+                group["lr"] *= self.config["lr"] / theirs["lr"]
 
     def check_options(self, checkpoint: dict) -> None:
         theirs = checkpoint["config"]
@@ -504,10 +507,6 @@ class StopSignal:
             self.agreed = int(flag)
         return self.agreed > 0
 
-    def leave_if_requested(self, step: int) -> None:
-        if self.agreed:
-            self.leave(step, self.agreed)
-
     def leave(self, step: int, number: int) -> None:
         say(f"stopped by {signal.Signals(number).name}; saved iteration {step}: "
             f"the same command goes on from there")
@@ -549,10 +548,11 @@ class Milestones:
             self.evaluate(log.start)
 
     def after(self, step: int) -> None:
-        evaluates = self.log.evaluation_is_due(step)
-        if self.stop.requested(step) or evaluates or step % self.save_every == 0:
+        stops, evaluates = self.stop.requested(step), self.log.evaluation_is_due(step)
+        if stops or evaluates or step % self.save_every == 0:
             self.checkpoint.save(step, self.log.pending)
-        self.stop.leave_if_requested(step)
+        if stops:
+            self.stop.leave(step, self.stop.agreed)
         if evaluates:
             self.evaluate(step)
 
@@ -582,7 +582,11 @@ class Log:
         if start and (self.folder / "results.json").is_file():
             with reading(self.folder / "results.json"):
                 self.results = json.loads((self.folder / "results.json").read_text())
-        self.tensorboard = open_tensorboard(self.folder) if tensorboard and rank() == 0 else None
+        self.tensorboard = None
+        if tensorboard and rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
         if rank() == 0:
             keep_lines_until(self.folder / "metrics.jsonl", start)
         self.since, self.steps = time.monotonic(), 0  # for the speed
@@ -673,11 +677,3 @@ def keep_lines_until(path: Path, iteration: int) -> None:
             if json.loads(line)["iteration"] <= iteration:
                 kept.append(line + "\n")
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
-
-
-def open_tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install it") from error
-    return SummaryWriter(str(folder / "tensorboard"))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from common.augment import normalize
 from common.backbones import build_encoder
 from common.figures import voc_palette
-from common.runtime import option, parse, require, run_main, write_atomically
+from common.runtime import option, parse, require, run_main, write_atomically, write_lines
 
 FORMAT = 1  # raise it when the same dials give other files
 SHAPE_CLASSES = ("background", "hstripe", "vstripe", "check", "dots", "cross", "grain", "blocks")
@@ -466,10 +466,6 @@ def write_phantom(folder: Path, dials: SimpleNamespace) -> None:
                 rows = np.random.default_rng([dials.seed, 3, order]).permutation(len(patients))
                 write_lines(lists / f"train{suffix}.txt", [patients[row] for row in rows])
     write_lines(folder / "classes.txt", CARDIAC_CLASSES)
-
-
-def write_lines(path: Path, lines) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def publish(root: Path | str, name: str, dials: SimpleNamespace, write) -> None:

@@ -348,7 +348,7 @@ def test_command_without_matplotlib_stops_before_the_work(command, monkeypatch, 
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     _, error = command("--checkpoint", tmp_path / "missing.pt", "--figure", tmp_path / "f.png")
-    assert error == "error: --figure needs the package matplotlib: pip install matplotlib\n"
+    assert error == "error: this needs the package matplotlib: pip install matplotlib\n"
 
 
 def test_command_for_volumes(command, monkeypatch, tmp_path):
@@ -377,7 +377,7 @@ def test_command_for_volumes(command, monkeypatch, tmp_path):
     command("--checkpoint", "c.pt", "--output", output)
     assert list(json.loads(output.read_text())["scores"]) == ["b"]
     assert "no test list" in command("--checkpoint", "c.pt", "--split", "test")[1]
-    monkeypatch.setattr(ev, "has_matplotlib", lambda: True)
+    monkeypatch.setitem(sys.modules, "matplotlib", ev)  # as if it were installed
     for flags in (["--mode", "whole"], ["--threshold", 0.5], ["--figure", "f.png"]):
         assert "not for volumes" in command("--checkpoint", "c.pt", *flags)[1]
 

@@ -43,7 +43,7 @@ def test_colors_and_overlay():
     assert tuple(colors[0, 0]) == figures.IGNORE_COLOR  # not the palette's entry 255
     assert tuple(colors[10, 10]) == PALETTE[label[10, 10]]
     assert tuple(figures.colorize(label, PALETTE[:2])[39, 63]) == figures.IGNORE_COLOR
-    mixed = figures.overlay(np.full((3, 40, 64), 100, np.uint8), label, PALETTE, alpha=0.25)
+    mixed = figures.overlay(np.full((40, 64, 3), 100, np.uint8), label, PALETTE, alpha=0.25)
     assert tuple(mixed[0, 0]) == (100, 100, 100)
     assert mixed[10, 10] == pytest.approx(75 + 0.25 * colors[10, 10], abs=1)
 
@@ -64,19 +64,19 @@ def test_grid_shows_every_picture_where_arithmetic_puts_it(tmp_path, columns):
     rows = []
     for row, height in enumerate((200, 180)):  # neither enlarged nor reduced
         labels = [np.full((height, 170), 2 * row + k, np.uint8) for k in range(columns - 1)]
-        rows.append((np.full((height, 170, 3), 90 + row, np.uint8), *labels))
+        rows.append((np.full((3, height, 170), 90 + row, np.uint8), *labels))
     figures.sample_grid(rows, CLASSES, PALETTE, tmp_path / "grid.png", "abcde"[:columns])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     top = 13 + 2 * 8
     for image, *labels in rows:
-        colors = [image, *(figures.colorize(label, PALETTE) for label in labels)]
+        colors = [np.moveaxis(image, 0, -1), *(figures.colorize(label, PALETTE) for label in labels)]
         for column, expected in enumerate(colors):
             left = 8 + column * 178
-            assert (grid[top : top + len(image), left : left + 170] == expected).all()
+            assert (grid[top : top + len(expected), left : left + 170] == expected).all()
             assert (grid[:29, left : left + 170] < 128).any()  # the column's caption
-        top += len(image) + 8
+        top += len(expected) + 8
     assert grid.shape[1] == columns * 178 + 8
-    for row in ((*rows[0], rows[0][0]), ()):
+    for row in ((*rows[0], np.zeros((9, 9), np.uint8)), ()):
         with pytest.raises(ValueError):
             figures.sample_grid([row], CLASSES, PALETTE, tmp_path / "none.png", "abcde"[:columns])
     assert not (tmp_path / "none.png").exists()
@@ -86,7 +86,7 @@ def test_grid_of_small_large_and_coloured_pictures(tmp_path):
     """Small ones grow by a whole factor, large ones shrink; the legend shows what occurs."""
     colours = np.full((700, 30, 3), (12, 34, 56), np.uint8)
     rows = [(torch.zeros(3, 40, 64).byte(), label_map(), label_map() % 8),
-            (np.zeros((700, 30, 3), np.uint8), np.full((700, 30), 5, np.uint8), colours)]
+            (np.zeros((3, 700, 30), np.uint8), np.full((700, 30), 5, np.uint8), colours)]
     figures.sample_grid(rows, CLASSES, PALETTE, tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape[1] == 3 * (3 * 64 + 8) + 8 and 29 + 120 + 512 + 24 < grid.shape[0] < 750
@@ -138,15 +138,15 @@ def share_lines(*kinds: str) -> list[dict]:
 
 
 def test_class_shares(drawn, tmp_path):
-    pixels, lines = torch.tensor([9, 1, 2, 3, 4, 5, 6, 7]), share_lines("true", "pseudo", "used")
-    figures.plot_class_shares(lines, CLASSES, pixels, tmp_path / "shares.png")
+    lines = share_lines("true", "pseudo", "used")
+    figures.plot_class_shares(lines, CLASSES, tmp_path / "shares.png")
     bars, most, fewest = drawn[0].axes
     order = [label.get_text() for label in bars.get_xticklabels()]
-    assert order == [CLASSES[0], *CLASSES[:0:-1]]
+    assert order == list(CLASSES[::-1])
     _, pseudo, _ = bars.containers
-    assert pseudo[1].get_height() == pytest.approx(100 * (0.19 + 0.2) / 2)  # last 2 of 20 lines
-    assert (most.get_title(), fewest.get_title()) == ("background", "hstripe")
-    assert fewest.lines[1].get_ydata() == pytest.approx([11] * 20)
+    assert pseudo[0].get_height() == pytest.approx(100 * (0.19 + 0.2) / 2)  # last 2 of 20 lines
+    assert (most.get_title(), fewest.get_title()) == ("blocks", "background")
+    assert fewest.lines[1].get_ydata() == pytest.approx([1] * 20)
 
 
 def test_distributions(drawn, tmp_path):
@@ -169,14 +169,15 @@ def gradient_columns(n: int) -> dict:
 
 
 def test_gradients(drawn, tmp_path):
-    columns = gradient_columns(50)
-    for values in columns.values():
-        values[::2] = math.nan  # steps that were not measured
-    figures.plot_gradients(columns, "a title", tmp_path / "figure.png")
-    assert drawn[0].get_suptitle() == "a title" and len(drawn[0].axes) == 5
+    columns = {name: values.tolist() for name, values in gradient_columns(25).items()}
+    lines = [{"iteration": 20 * k, "loss": 1.0} for k in range(50)]  # half are not measured
+    for k, values in enumerate(zip(*columns.values())):
+        lines[2 * k + 1] |= dict(zip(columns, values))
+    figures.plot_gradients(lines, tmp_path / "figure.png")
+    assert len(drawn[0].axes) == 5
     steps, cosines = drawn[0].axes[0].collections[0].get_offsets().T
-    assert steps.tolist() == list(range(1, 50, 2))
-    assert cosines.tolist() == columns["cosine"][1::2].tolist()
+    assert steps.tolist() == list(range(20, 1000, 40))
+    assert cosines.tolist() == columns["cosine"]
 
 
 def test_landscape(drawn, tmp_path):
@@ -224,13 +225,13 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     assert "other has no t_star" in refuse(*command, other)
 
 
-def test_without_matplotlib(tmp_path, monkeypatch):
+def test_without_matplotlib(tmp_path, monkeypatch, capfd):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    assert not figures.has_matplotlib()
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        figures.plot_landscape({}, {"loss": "loss"}, tmp_path / "figure.png")
-    assert not list(tmp_path.iterdir())
+    line = {"iteration": 1, "t_star": 0.5, **GAUSSIANS}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert "pip install matplotlib" in refuse("common/figures.py", monkeypatch, capfd, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_directions_are_as_long_as_the_weights_filter_by_filter():
