@@ -316,7 +316,8 @@ def official_list(name: str, root: Path, split: str) -> list[Sample]:
     file = CAMVID_LISTS[split] if name == "camvid" else f"ImageSets/Segmentation/{split}.txt"
     if split == "tune" and not (root / file).is_file():
         return []
-    require((root / file).is_file(), f"no {file} in {root}: {SOURCES.get(name, 'delete that folder')}")
+    source = SOURCES.get(name, "delete that folder, it is made again")
+    require((root / file).is_file(), f"no {file} in {root}: {source}")
     samples = read_list(root / file, root)
     if name == "camvid":  # SegNet's paths begin with its own folders
         images = ["/".join(sample.image.split("/")[-2:]) for sample in samples]
