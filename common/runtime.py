@@ -308,7 +308,7 @@ def reading(path: str | Path):
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        raise UserError(f"{path} needs the package {error.name}: pip install {error.name}") from None
+        raise UserError(f"{path} needs a package: pip install {error.name}") from error
     except Exception as error:  # foreign bytes can raise anything; all mean the same to the user
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}") from error
