@@ -423,7 +423,7 @@ class Checkpoint:
             left_behind.unlink()
 
     def change_lr(self, theirs: dict) -> None:
-        """A run that diverged may go on with another --lr: PolynomialLR multiplies what there is."""
+        """A run that diverged may go on with another --lr: PolynomialLR multiplies what is."""
         if self.config["lr"] != theirs["lr"]:
             say(f"--lr {theirs['lr']} becomes {self.config['lr']}")
             for group in self.state["optimizer"].param_groups:

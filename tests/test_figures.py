@@ -69,7 +69,8 @@ def test_grid_shows_every_picture_where_arithmetic_puts_it(tmp_path, columns):
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     top = 13 + 2 * 8
     for image, *labels in rows:
-        colors = [np.moveaxis(image, 0, -1), *(figures.colorize(label, PALETTE) for label in labels)]
+        colors = [np.moveaxis(image, 0, -1),
+                  *(figures.colorize(label, PALETTE) for label in labels)]
         for column, expected in enumerate(colors):
             left = 8 + column * 178
             assert (grid[top : top + len(expected), left : left + 170] == expected).all()
