@@ -2,6 +2,7 @@
 
     loader         unlabeled samples of one core; --released FOLDER: a checkout of UniMatch beside
     step           training steps of all methods for images; DAW's augmentation and statistics
+    gpu            UniMatch's step in bf16, fp32 and compiled: operations a second, host syncs
     growth         a training step of UniMatch with twice the crop, batch, four times the classes
     ranks          collectives, and numbers in them, of a step on two gloo ranks
     strategies     training steps of pos_meo.py: one gradient of the sum (uniform), and two;
@@ -34,6 +35,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -41,8 +43,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo as dynamo
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,7 +56,7 @@ import diffmatch
 import pos_meo
 import usrn
 from common import medical
-from common.augment import IGNORE, Photometry, normalize
+from common.augment import IGNORE, Photometry, normalize, strong_augment, to_float
 from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, load_data,
                          training_loader)
 from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
@@ -154,19 +158,19 @@ def compare_trainings(candidates: dict[str, tuple[str, list[str]]], sizes, commo
             seconds[name] += steps
             memory[name] = max(memory[name], peak)
     report(f"training steps, {' '.join(common)}", seconds, memory)
+    return seconds
 
 
-def methods(sizes) -> dict[str, tuple[str, list[str]]]:
-    masks = [] if sizes.backbone == "tiny" else ["--mask-channels", "256"]
+def methods() -> dict[str, tuple[str, list[str]]]:
     return {"UniMatch": UNIMATCH, "labeled only": ("daw", ["--supervised"]), "DAW": ("daw", []),
             "POS + MEO": ("pos_meo", ["--warmup", "0", "--cap", "0.8"]),
-            "DiffMatch": ("diffmatch", masks),
+            "DiffMatch": ("diffmatch", []),
             "  discriminative": ("diffmatch", ["--discriminative"]),
             "USRN, stage 3": ("usrn", ["--supervised-iterations", "1"])}
 
 
 def step(sizes) -> None:
-    compare_trainings(methods(sizes), sizes, [*SHAPES, sizes.backbone])
+    compare_trainings(methods(), sizes, [*SHAPES, sizes.backbone])
 
     device, batch, crop = init_distributed()[2], sizes.batch, sizes.crop
     images = torch.zeros(batch, 3, crop, crop, dtype=torch.uint8, device=device)
@@ -180,9 +184,48 @@ def step(sizes) -> None:
         daw.optimal_threshold(*state.gaussians())
         daw.align_distribution(probs, *state.class_mean)
 
+    weak, per_image = to_float(images), v2.Compose([
+        v2.RandomApply([v2.ColorJitter(0.5, 0.5, 0.5, 0.25)], 0.8), v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.5)])
     candidates = {"augmentation": partial(daw.make_views, views, crop, Photometry()),
-                  "statistics and alignment": align}
+                  "statistics and alignment": align,
+                  "a strong view": lambda: strong_augment(weak, Photometry()),
+                  "by torchvision": lambda: [per_image(image) for image in weak]}
     compare(f"parts of a DAW step of {CLASSES} classes", candidates, sizes.rounds)
+
+
+def gpu(sizes) -> None:
+    if not torch.cuda.is_available():
+        return say("  not measured: there is no GPU")
+    method, flags = UNIMATCH
+    kinds = {"bf16": ["--amp"], "fp32 (tf32)": ["--no-amp"], "compiled, bf16": ["--compile"]}
+    candidates = {name: (method, [*flags, *more]) for name, more in kinds.items()}
+    common = [*SHAPES, sizes.backbone, "--crop", str(sizes.crop), "--batch-size", str(sizes.batch)]
+    seconds = compare_trainings(candidates, sizes, common)
+    for name, (_, options) in candidates.items():
+        operations, syncs, breaks = in_own_process(counted, method, [*common, *options])
+        rate = operations / np.median(seconds[name]) / 1e12
+        say(f"  {name:24}{rate:8.1f} TFLOP/s, {syncs} host syncs a step, {breaks} graph breaks")
+
+
+def counted(method: str, options: list[str]) -> tuple[int, int, int]:
+    """Operations of a step (2 a multiplication; of a compiled one those outside its graphs), the
+    host's syncs in it, and the graph breaks so far."""
+    counter, on_gpu = FlopCounterMode(display=False), torch.cuda.is_available()
+
+    def note(step: int) -> None:
+        if step == WARM_UP:
+            counter.__enter__()
+        elif step == WARM_UP + 1:
+            counter.__exit__(None, None, None)
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("warn" if step == WARM_UP else "default")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps_of(method, options, note)
+    syncs = sum("synchronizing CUDA" in str(warning.message) for warning in caught)
+    return counter.get_total_flops(), syncs, sum(dynamo.utils.counters["graph_break"].values())
 
 
 def growth(sizes) -> None:
@@ -227,7 +270,7 @@ def collectives(method: str, options: list[str], rank: int) -> list[list[tuple]]
 
 def ranks(sizes) -> None:
     candidates = {name: (method, [*SHAPES, sizes.backbone, *flags])
-                  for name, (method, flags) in methods(sizes).items()}
+                  for name, (method, flags) in methods().items()}
     candidates["DiffRect"] = "diffrect", [*PHANTOM, "--warmup", "0"]
     for name, (method, flags) in candidates.items():
         crop = 64 * math.ceil(sizes.crop / 64) if method == "diffrect" else sizes.crop
@@ -476,7 +519,7 @@ def distances(sizes) -> None:
 
 
 SUBJECTS = {function.__name__: function for function in (
-    loader, step, growth, ranks, strategies, harm, alignment, sampling, feedback, kmeans,
+    loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, kmeans,
     rectification, evaluation, distances)}
 
 
@@ -489,8 +532,9 @@ def main() -> None:
     given, words = parser.parse_known_args()
     names = [word for word in words if word in SUBJECTS]
     options = words[len(names) :]
-    trainings = bool(names) and {"step", "growth", "strategies", "rectification"}.issuperset(names)
-    require(not options or trainings, f"{' '.join(options)}: unknown or misplaced, see --help")
+    trainings = {"step", "gpu", "growth", "strategies", "rectification"}
+    require(not options or names and trainings.issuperset(names),
+            f"{' '.join(options)}: unknown or misplaced, see --help")
     for name in names or SUBJECTS:
         say(f"\n{name}")
         defaults = {**SIZES, **(OTHER_SIZES.get(name, {}) if names else SMALL)}
