@@ -603,7 +603,7 @@ def read_sample(sample: Sample, root: Path, num_classes: int):
 
 @dataclass
 class EvaluationSet(Dataset):
-    """Whole pictures: {"image": uint8 [3, H, W], "label": uint8 [H, W], "name": str}."""
+    """Whole pictures: {"image": uint8 [3, H, W], "label": uint8 [H, W]}."""
 
     samples: list[Sample]
     root: Path
@@ -613,10 +613,9 @@ class EvaluationSet(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        sample = self.samples[index]
-        image, mask = read_sample(sample, self.root, self.num_classes)
+        image, mask = read_sample(self.samples[index], self.root, self.num_classes)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return {"image": pixels, "label": torch.from_numpy(mask), "name": sample.name}
+        return {"image": pixels, "label": torch.from_numpy(mask)}
 
 
 @dataclass

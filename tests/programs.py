@@ -113,14 +113,74 @@ def on_ranks(work, folder: Path, ranks: int = 2, timeout: float = 100) -> list:
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(ranks)]
 
 
+def error_of(function, *arguments, **options) -> str:
+    """The one line of the UserError that the call raises."""
+    with pytest.raises(runtime.UserError) as caught:
+        function(*arguments, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def recorded(monkeypatch, where, name: str) -> list[tuple]:
+    """The arguments of every call of where.name from here on, which does what it did."""
+    def note(*arguments, **options):
+        calls.append((*arguments, *options.values()))
+        return function(*arguments, **options)
+
+    calls, function = [], getattr(where, name)
+    monkeypatch.setattr(where, name, note)
+    return calls
+
+
 def state(folder: Path) -> dict:
     return torch.load(folder / "latest.pt", weights_only=True)
 
 
+def ranks_draw_apart(folder: Path) -> bool:
+    """Two ranks' random states differ, as their seeds did."""
+    first, second = (cpu for cpu, *_ in state(folder)["rng"])
+    return not torch.equal(first, second)
+
+
+def log_of(folder: Path) -> list[dict]:
+    """metrics.jsonl without the speed, which is never the same twice."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.pop("images_per_second") > 0 for line in lines if "loss" in line)
+    return lines
+
+
 def lines_of(folder: Path) -> list[dict]:
-    """The training's lines of metrics.jsonl without the speed, never the same twice."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{**line, "images_per_second": 0} for line in lines if "loss" in line]
+    """The training's lines."""
+    return [line for line in log_of(folder) if "loss" in line]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pasted(values: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """CutMix by loops: inside its boxes an image has the values of the one before it."""
+    mixed = values.clone()
+    for b, row, column in boxes.nonzero().tolist():
+        mixed[b, ..., row, column] = values[b - 1, ..., row, column]
+    return mixed
+
+
+def sum_of_losses(logits: torch.Tensor, label: torch.Tensor, weight: torch.Tensor):
+    """Weight x cross entropy, pixel by pixel."""
+    total = 0
+    for b, row, column in weight.nonzero().tolist():
+        log_probs = logits[b, :, row, column].log_softmax(dim=0)
+        total = total - weight[b, row, column] * log_probs[label[b, row, column].long()]
+    return total
+
+
+def are_hard(logits: torch.Tensor, label: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Where OHEM's loss is: on labeled pixels whose class has at most this probability."""
+    own = logits.softmax(dim=1).gather(1, label.long().clamp(max=logits.shape[1] - 1)[:, None])
+    hard = (label != 255) & (own[:, 0] <= threshold)
+    assert 0.2 * hard.numel() < hard.sum() < (label != 255).sum()  # more than its least share
+    return hard
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, rel: float = 1e-5) -> None:

@@ -1,6 +1,7 @@
 """common/backbones.py: public files' keys, networks by hand, strides, weights, checkpointing."""
 
 import copy
+import functools
 import math
 import re
 import urllib.error
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from common.backbones import (BACKBONES, DEFAULT_WEIGHTS, VisionTransformer, build_encoder,
-                              checkpoint_activations, load_strictly, random_weights_like)
-from common.runtime import UserError
+from common.backbones import (DEFAULT_WEIGHTS, VisionTransformer, build_encoder,
+                              checkpoint_activations, random_weights_like)
+from programs import error_of
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -37,13 +38,6 @@ def constants(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
 def save(state: dict, path) -> str:
     torch.save(state, path)
     return str(path)
-
-
-def message(backbone: str, weights: str) -> str:
-    with pytest.raises(UserError) as caught:
-        build_encoder(backbone, weights)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------- every convolutional encoder
@@ -126,9 +120,10 @@ def test_the_fields_resnet_with_the_deep_stem_loads_as_it_is(tmp_path):
     x = F.max_pool2d(F.relu(norm_by_hand(x, state, "bn1")), 3, stride=2, padding=1)
     torch.testing.assert_close(seen[0], x, rtol=1e-5, atol=1e-4)
 
-    assert 'do not fit: Missing key(s) in state_dict: "layer3.6.' in message("resnet101", path)
+    line = error_of(build_encoder, "resnet101", path)
+    assert 'do not fit: Missing key(s) in state_dict: "layer3.6.' in line
     path = save(state | {"conv1.6.weight": torch.zeros(64, 64, 3, 3)}, tmp_path / "other.pth")
-    assert "size mismatch for conv1.6.weight" in message("resnet50", path)
+    assert "size mismatch for conv1.6.weight" in error_of(build_encoder, "resnet50", path)
 
 
 # ---------------------------------------------------------------- MobileNetV2
@@ -227,14 +222,12 @@ def test_xception_is_the_public_network(tmp_path):
     path = save(state | leftovers, tmp_path / "xception.pth")
     encoder = build_encoder("xception65", path).requires_grad_(False).eval()
     assert shapes_of(encoder) == XCEPTION_SHAPES
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == 37_867_312
     for height, width in ((33, 33), (32, 48)):
         images = torch.randn(2, 3, height, width)
         for features, want in zip(encoder(images), xception_by_hand(images, state)):
             assert want.std() > 0.1
             torch.testing.assert_close(features, want, rtol=1e-5, atol=1e-5)
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert len(norms) == 2 + 4 + 2 * 63
     assert {(norm.momentum, norm.eps) for norm in norms} == {(3e-4, 1e-5)}
     # low_level carries block2's output, each value four times: high_level has it at every size.
     seen = []
@@ -265,7 +258,6 @@ DINOV2_SHAPES = {
 def test_dinov2s_state_dict_is_that_of_the_public_file():
     encoder = build_encoder("dinov2_s", "none")
     assert shapes_of(encoder) == DINOV2_SHAPES
-    assert sum(parameter.numel() for parameter in encoder.parameters()) == 22_056_576
     assert (encoder.patch, encoder.grid) == (14, 37) and encoder.blocks[0].heads == 6
 
 
@@ -326,15 +318,6 @@ def test_vision_transformer_is_the_one_written_out_by_hand(h, w):
 # ---------------------------------------------------------------- weights
 
 
-@pytest.mark.parametrize("backbone", ["tiny", "tiny_vit"])
-def test_shipped_weights_load_as_they_are(backbone):
-    state = torch.load(DEFAULT_WEIGHTS[backbone], map_location="cpu", weights_only=True)
-    own = build_encoder(backbone).state_dict()
-    assert own.keys() == state.keys()
-    for key in own:
-        assert key.endswith("tracked") or torch.equal(own[key], state[key].float())
-
-
 @pytest.mark.parametrize("backbone", ["resnet50", "resnet101", "mobilenet_v2", "dinov2_s"])
 def test_default_weights_are_the_public_files(backbone, monkeypatch):
     with torch.device("meta"):
@@ -358,11 +341,12 @@ def test_default_weights_are_the_public_files(backbone, monkeypatch):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    text = message(backbone, "default")
+    text = error_of(build_encoder, backbone, "default")
     assert "no network" in text and "--weights PATH" in text and DEFAULT_WEIGHTS[backbone] in text
 
 
 def test_weights_that_cannot_be_had_are_explained(tmp_path):
+    message = functools.partial(error_of, build_encoder)
     (tmp_path / "text.pth").write_text("not weights")
     assert "text.pth" in message("resnet50", str(tmp_path / "text.pth"))
     assert "nowhere.pth" in message("tiny_vit", "nowhere.pth")
@@ -377,8 +361,6 @@ def test_weights_that_cannot_be_had_are_explained(tmp_path):
     for backbone in ("tiny", "xception65", "mobilenet_v2", "dinov2_s"):
         assert f"{backbone} has one stem only" in message(backbone, "deep_stem")
     assert "resnet50" in message("resnet18", "none")
-    with pytest.raises(UserError, match="unknown backbone 'dinov2_s': choose one of resnet50"):
-        build_encoder("dinov2_s", "none", BACKBONES)
 
 
 @pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "tiny", "tiny_vit"])
@@ -390,16 +372,6 @@ def test_weights_are_found_wherever_people_keep_them(backbone, tmp_path):
     for content in (named["module."], {"state_dict": state, "epoch": 3}, {"model": more}):
         own = build_encoder(backbone, save(content, tmp_path / "kept.pth")).state_dict()
         assert all(torch.equal(own[key], state[key]) for key in state)
-
-
-def test_only_counters_may_be_missing():
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    state = {key: value + 1 for key, value in model.state_dict().items()}
-    del state["1.num_batches_tracked"]
-    load_strictly(model, state, "the weights in a.pt")
-    assert torch.equal(model[0].weight, state["0.weight"])
-    with pytest.raises(UserError, match='^the weights in a.pt do not fit: Unexpected .*"more"'):
-        load_strictly(model, state | {"more": torch.zeros(1)}, "the weights in a.pt")
 
 
 # ---------------------------------------------------------------- --checkpoint-activations

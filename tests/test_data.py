@@ -18,22 +18,13 @@ from PIL import Image
 
 from common import data as module
 from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingBatches, TrainingSet,
-                         check_labels, covering_choice, dataset_info, evaluation_loader,
-                         images_asked_for, load_data, make_loader, open_image, open_mask,
-                         published_list, published_lists, read_list, read_sample, training_loader)
-from common.runtime import UserError
-from programs import run_as_program
+                         check_labels, covering_choice, dataset_info, images_asked_for, load_data,
+                         make_loader, open_image, open_mask, published_list, published_lists,
+                         read_list, read_sample, training_loader)
+from programs import error_of, run_as_program
 
 CPU = torch.device("cpu")
 HEADER = "dataset\tnames\trepository\tcommit\tpath\tlines\tsha256"
-
-
-def error_of(function, *arguments) -> str:
-    """The message of the UserError that the call raises: one line."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def write(path: Path, lines) -> Path:
@@ -61,16 +52,6 @@ def voc(voc_root, tmp_path, monkeypatch) -> DataOptions:
     monkeypatch.setattr(module, "SPLITS", write(tmp_path / "splits.tsv", [HEADER]))
     write(voc_root / "ImageSets" / "Segmentation" / "labeled_3.txt", ids(voc_root)[1:8:3])
     return DataOptions(dataset="pascal", data_root=str(voc_root), labeled="3")
-
-
-@pytest.fixture
-def as_rank(monkeypatch):
-    """as_rank(rank, world_size): from here on this process is that rank."""
-    def pretend(rank: int, world_size: int) -> None:
-        monkeypatch.setattr(module, "rank", lambda: rank)
-        monkeypatch.setattr(module, "world_size", lambda: world_size)
-
-    return pretend
 
 
 # ---------------------------------------------------------------- recipes
@@ -700,53 +681,21 @@ def test_items_are_the_files(voc, voc_root):
         image = Image.open(voc_root / "JPEGImages" / f"{name}.jpg")
         mask = Image.open(voc_root / "SegmentationClass" / f"{name}.png")
         assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(image))
-        assert np.array_equal(item["label"], np.asarray(mask)) and item["name"] == name
-    path = voc_root / data.labeled[0].mask
-    picture(path, open_mask(path, 21).T.copy())
-    width, height = Image.open(path).size
-    training, evaluation = TrainingSet(data, 33, 0), EvaluationSet(data.labeled, data.root, 21)
-    for message in (error_of(training.__getitem__, (0, 0, 0)), error_of(evaluation.__getitem__, 0)):
-        assert str(path) in message and f"{width}x{height}" in message
+        assert np.array_equal(item["label"], np.asarray(mask))
 
 
 # ---------------------------------------------------------------- batches
 
 
-def keys(per_rank=4, start=0, total=20, seed=3, sizes=(5, 23)) -> list:
-    ranks = module.world_size()
-    return list(TrainingBatches(list(sizes), per_rank * ranks, seed, start, total))
-
-
 def test_every_sample_once_a_pass():
-    (one,) = keys(per_rank=42, total=1, sizes=[7])
+    (one,) = TrainingBatches([7], 42, 3, 0, 1)
+    assert [position for *_, position in one] == list(range(42))  # each has its own random view
     order = [index for _, index, _ in one]
     passes = [order[start : start + 7] for start in range(0, 42, 7)]
     assert all(sorted(part) == list(range(7)) for part in passes)
     assert len({tuple(part) for part in passes}) > 3  # shuffled anew
     expected = np.random.default_rng([3, 0, 2, 1]).permutation(7)  # seed, stream, pass, 1
     assert passes[2] == expected.tolist()
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_all_ranks_together_see_what_one_process_sees(ranks, as_rank):
-    alone, each = keys(), []
-    for rank in range(ranks):
-        as_rank(rank, ranks)
-        each.append(keys(per_rank=4 // ranks))
-    for step in range(20):
-        for stream in (0, 1):  # in the same order too: CutMix mixes neighbours
-            together = [key for part in each for key in part[step] if key[0] == stream]
-            assert together == [key for key in alone[step] if key[0] == stream]
-    drawn = [key for step in alone for key in step if key[0] == 1]
-    assert set(np.bincount([index for _, index, _ in drawn])) == {3, 4}  # 80 draws of 23
-    assert [position for *_, position in drawn] == list(range(80))  # each has its own random view
-
-
-def test_a_resumed_run_goes_on_where_it_was():
-    whole = keys()
-    assert all(keys(start=start) == whole[start:] for start in (0, 1, 7, 19, 20))
-    assert keys(seed=4) != whole
-    assert keys(sizes=[5]) == [[key for key in step if key[0] == 0] for step in whole]
 
 
 def batches_of(data, workers=0, start=0, total=4, unlabeled=True) -> list[dict]:
@@ -765,7 +714,7 @@ def test_without_shared_memory_there_are_no_workers(voc, monkeypatch, capsys):
     assert "--shm-size" in capsys.readouterr().out
 
 
-def test_workers_ranks_and_resuming_change_no_batch(voc, as_rank):
+def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
     data, state = load_data(voc), torch.get_rng_state()
     alone, with_workers = batches_of(data), batches_of(data, workers=2)
     assert torch.equal(torch.get_rng_state(), state)  # training's random numbers are left alone
@@ -782,8 +731,9 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, as_rank):
         "labeled": (torch.uint8, (4, 3, 49, 49)), "label": (torch.uint8, (4, 49, 49)),
         "unlabeled": (torch.uint8, (4, 3, 49, 49)), "valid": (torch.bool, (4, 49, 49))}
     halves = []
+    monkeypatch.setattr(module, "world_size", lambda: 2)
     for rank in range(2):
-        as_rank(rank, 2)
+        monkeypatch.setattr(module, "rank", lambda: rank)
         halves.append(batches_of(data))
     for whole, *parts in zip(alone, *halves, strict=True):
         assert same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
@@ -817,26 +767,6 @@ def test_only_the_trainers_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
     worker.terminate()
     worker.join(4)
     assert not worker.is_alive()
-
-
-def test_an_error_in_a_worker_names_the_file(voc, voc_root):
-    data = load_data(voc)
-    path = voc_root / data.labeled[0].image
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError) as caught:
-        batches_of(data, workers=1)
-    assert str(path) in str(caught.value).strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize("count", [1, 5])
-def test_evaluation_sees_every_image_once_whatever_the_ranks(voc, count, as_rank):
-    data, seen = load_data(voc), []
-    for rank in range(3):
-        as_rank(rank, 3)
-        for batch in evaluation_loader(data.val[:count], data, CPU, 0):
-            assert len(batch["name"]) == 1  # pictures differ in size
-            seen += batch["name"]
-    assert sorted(seen) == names(data.val[:count])
 
 
 def test_default_number_of_workers(monkeypatch):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from programs import QUICK, assert_identical, assert_near, lines_of, on_ranks, state
+from programs import (QUICK, are_hard, assert_identical, assert_near, lines_of, on_ranks, pasted,
+                      recorded, seeded, state, sum_of_losses)
 from torch import nn
 
 import daw
@@ -13,10 +14,6 @@ from common import runtime
 from common.augment import IGNORE, Photometry, normalize
 from common.data import load_data
 from common.evaluate import evaluate, load_predictor
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------- Eq. 3-11: the threshold, E1, E2
@@ -182,30 +179,13 @@ def test_few_pixels_keep_the_old_values_and_no_variance_is_zero(wrong):
 # ---------------------------------------------------------------- Eq. 1, 2, 13: the step
 
 
-def sum_of_losses(logits, label, weight):
-    """Weight x cross entropy, pixel by pixel."""
-    total = 0
-    for b, row, column in weight.nonzero().tolist():
-        log_probs = logits[b, :, row, column].log_softmax(dim=0)
-        total = total - weight[b, row, column] * log_probs[label[b, row, column]]
-    return total
-
-
-def pasted(values, boxes):
-    """CutMix by loops: inside its boxes an image has the values of the one before it."""
-    mixed = values.clone()
-    for b, row, column in boxes.nonzero().tolist():
-        mixed[b, ..., row, column] = values[b - 1, ..., row, column]
-    return mixed
-
-
-@pytest.mark.parametrize("weighting, align, num_views", [
-    ("none", True, 3), ("fixed", True, 3), ("power", True, 3), ("daw", True, 3), ("daw", False, 3),
-    ("fixed", True, 1), ("daw", True, 1)])
-def test_a_step_equals_plain_loops(weighting, align, num_views):
+@pytest.mark.parametrize("weighting, align, num_views, ohem", [
+    ("none", True, 3, 0), ("fixed", True, 3, 0), ("power", True, 3, 0.7), ("daw", True, 3, 0),
+    ("daw", False, 3, 0), ("fixed", True, 1, 0), ("daw", True, 1, 0)])
+def test_a_step_equals_plain_loops(weighting, align, num_views, ohem):
     """The losses, and by autograd of loops in float64 the gradient of every use of every view."""
     views, network, statistics = draw_views(1), Playback(), settled_statistics()
-    loss, terms = daw.daw_loss(network, views, statistics, weighting, 0.8, align, 0.0, num_views)
+    loss, terms = daw.daw_loss(network, views, statistics, weighting, 0.8, align, ohem, num_views)
     loss.backward()
     strong_views = ("strong_1", "strong_2")[:num_views]
     for images, names in zip(network.seen, (("labeled", "weak"), strong_views), strict=True):
@@ -230,6 +210,7 @@ def test_a_step_equals_plain_loops(weighting, align, num_views):
     first, perturbed, strong = logits = [part.detach().double().requires_grad_()
                                          for part in network.parameters()]
     seen, valid = views["label"] != IGNORE, views["valid"]
+    seen = are_hard(first[:3], views["label"], ohem) if ohem else seen
     loss_sup = sum_of_losses(first[:3], views["label"], seen.double()) / seen.sum()
     shares = (0.25, 0.5) if num_views == 3 else (1, 0)  # of a strong view, of the perturbed one
     loss_unsup = shares[1] * sum_of_losses(perturbed, pseudo_label, weight) / valid.sum()
@@ -310,14 +291,14 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, kee
     ["--supervised", "--strong-labeled", "--labeled", "all"],
     ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations"]])
 def test_variants_train(options, shapes, tmp_path, monkeypatch, keep_signal_handlers):
-    perturbed, forward = [], daw.DeepLabV3Plus.forward
-    monkeypatch.setattr(daw.DeepLabV3Plus, "forward", lambda self, images, perturb=0: (
-        perturbed.append(perturb), forward(self, images, perturb))[1])
+    augmented = recorded(monkeypatch, daw, "strong_augment")
+    shown = recorded(monkeypatch, daw.DeepLabV3Plus, "forward")
     train(shapes, tmp_path, "--iterations", "2", *options)
     lines = lines_of(tmp_path)
     assert len(lines) == 2 and all(0 < line["loss"] < 10 for line in lines)
     assert all(line.get("used", 0) == ("none" in options) for line in lines)
-    assert perturbed and not any(perturbed)  # neither wants three views
+    assert {len(given) for given in shown} == {2}  # without perturb: neither wants three views
+    assert len(augmented) == (2 if "--strong-labeled" in options else 4)
 
 
 class Pointwise(nn.Conv2d):

@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, run_as_program,
-                      sigterm_at, state)
+from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, pasted,
+                      recorded, run_as_program, seeded, sigterm_at, state)
 from torch import nn
 
 import diffmatch
-from common import evaluate
+from common import augment, evaluate
 from common.augment import IGNORE, Photometry, normalize
 from common.models import hard_pixel_loss, resize
 
@@ -25,7 +25,7 @@ TWO = ("strong_1", "strong_2")
 
 
 def draw(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def level_of(t):
@@ -41,16 +41,6 @@ def test_the_schedule_falls_from_one_to_zero():
     level = diffmatch.alpha_bar(torch.from_numpy(t)).numpy()
     np.testing.assert_allclose(level, level_of(t), rtol=1e-9)
     assert (np.diff(level)[2:] < 0).all() and 0 < level[-1] < 1e-6 and 1 - 2e-5 < level[0] < 1
-
-
-def test_noisy_masks_have_the_mean_and_variance_of_eq_3():
-    t, count = torch.tensor([0.0, 0.1, 0.35, 0.6, 0.9, 1.0]), 200 * 200
-    y0 = draw(0, 6, 1, 1, 1).expand(-1, -1, 200, 200)
-    y_t = diffmatch.add_noise(y0, t, draw(1, *y0.shape))
-    for values, start, level in zip(y_t, y0[:, 0, 0, 0], level_of(t.double().numpy())):
-        error = 4 * math.sqrt((1 - level) / count) + 1e-9
-        assert values.mean().item() == pytest.approx(math.sqrt(level) * start.item(), abs=error)
-        assert values.var().item() == pytest.approx(1 - level, rel=0.03, abs=1e-12)
 
 
 class Threshold:
@@ -287,14 +277,6 @@ def step(stub, views, names=TWO, **options):
     return prior, loss.detach(), terms
 
 
-def pasted(values, boxes):
-    """The values of the image before each one inside its boxes."""
-    result = values.clone()
-    for image, inside in enumerate(boxes):
-        result[image, inside] = values[image - 1, inside]
-    return result
-
-
 def losses_in_float64(logits, label, used, t, prior, tau, adjustment, ohem):
     """Eq. 10, 11 of one view, a mean over known pixels."""
     probs, prior = logits.softmax(dim=1), prior.view(1, -1, 1, 1)
@@ -398,9 +380,9 @@ def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
     images = torch.rand(4, 3, 16, 16)
     views = diffmatch.make_views({"labeled": images, "unlabeled": images}, 16, Photometry(), TWO, 1)
     for name in TWO:
-        boxes, strong = views[name + "_boxes"], normalize(1 - images).movedim(1, -1)
+        boxes, strong = views[name + "_boxes"], normalize(1 - images)
         assert boxes.any() and torch.equal(views["weak"], normalize(images))
-        assert torch.equal(views[name].movedim(1, -1), pasted(strong, boxes))
+        assert torch.equal(views[name], pasted(strong, boxes))
 
 
 # ---------------------------------------------------------------- runs
@@ -426,7 +408,6 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     assert lines_of(parts) == lines_of(whole)
     widths = [Image.open(whole / f"{name}.png").width - 8 for name in ("samples", "trajectory")]
     assert widths[0] / 3 == widths[1] / 5  # columns: image, label, predictions
-    assert "other options (--scale 0.1)" in program("--output", whole, "--scale", 1)[2]
 
     assert state(whole)["config"]["mask_channels"] == 32  # tiny's, where 256 train worse
     found = [json.loads((whole / "results.json").read_text())["last"]["ece"]]
@@ -444,11 +425,14 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     "--single-view --no-cutmix --time-difference 0 --prior-momentum 0 --ohem 0.7 --amp",
     "--mask-channels 0 --adjustment printed --feedback softmax --pseudo-steps 2",
     "--discriminative --encoding bits --crop 33 --layers 2 --checkpoint-activations"])
-def test_variants_train(options, program, tmp_path):
+def test_variants_train(options, program, tmp_path, monkeypatch):
+    boxes = recorded(monkeypatch, augment, "cutmix_boxes")
     assert program("--iterations", 2, "--output", tmp_path, *options.split())[0] == 0
     assert [0 < line["loss"] < 10 for line in lines_of(tmp_path)] == [True, True]
     config = state(tmp_path)["config"]
     assert not config["discriminative"] or config["tau"] == 0 and config["steps"] == 1
+    shares = [0, 0] if "--single-view --no-cutmix" in options else 4 * [0.5]
+    assert [p for _, _, p, _ in boxes] == shares
 
 
 @pytest.mark.parametrize("options", [

@@ -21,7 +21,7 @@ from common.augment import normalize
 from common.data import Data, DataOptions, Sample, dataset_info, load_data
 from common.models import DeepLabV3Plus
 from common.runtime import UserError, run_main
-from programs import on_ranks
+from programs import error_of, on_ranks
 
 CPU = torch.device("cpu")
 CLASSES = ("ground", "water", "trees", "houses", "roads")
@@ -282,10 +282,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(checkpoint, tmp_pat
 
     def problem(**changes) -> str:
         torch.save({**checkpoint, **changes}, path)
-        with pytest.raises(UserError) as caught:
-            ev.load_predictor(path, "cpu")
-        assert len(str(caught.value).splitlines()) == 1
-        return str(caught.value)
+        return error_of(ev.load_predictor, path, "cpu")
 
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "foreign.py").write_text("raise SystemExit('was imported')")
@@ -298,9 +295,6 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(checkpoint, tmp_pat
     wrong_kind = {name: [value] for name, value in checkpoint["ema"].items()}
     for crafted in ({"config": []}, {"config": {"dataset": [1]}}, {"ema": 3}, {"ema": wrong_kind}):
         assert problem(**crafted)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=f"cannot read {path}"):
-        ev.load_predictor(path, "cpu")
 
 
 # ---------------------------------------------------------------- command line

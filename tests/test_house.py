@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lines; the plan was 450, 510 and 530 for pos_meo, usrn and diffrect, 2,600 for common/, 5,000 for
 # the product and 7,000 for the tests, whose limits here are what there is.
 METHODS = {"daw": 349, "pos_meo": 449, "diffmatch": 494, "usrn": 598, "diffrect": 560}
-COMMON_LINES = 4_693  # of common/*.py together
-PRODUCT_LINES = 7_143  # of both
-TEST_LINES = 8_419
+COMMON_LINES = 4_692  # of common/*.py together
+PRODUCT_LINES = 7_142  # of both
+TEST_LINES = 8_275
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
 FILES = {"LICENSE", "README.md", "common", "requirements.txt", "run_all.sh", "tests"}

@@ -14,19 +14,11 @@ from PIL import Image
 from common import medical
 from common.medical import DATASETS, METRICS, Volume, VolumeData, VolumeFile, VolumeOptions
 from common.medical import load_volumes, read_volume, write_volume
-from common.runtime import UserError
+from programs import error_of, on_ranks
 
 CPU = torch.device("cpu")
 INFO = DATASETS["acdc"]  # 4 classes
 SPACING = (10.0, 1.25, 1.5)
-
-
-def error_of(function, *arguments) -> str:
-    """The message of the UserError that the call raises: one line."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def random_volume() -> Volume:
@@ -317,23 +309,11 @@ def test_truth_of_unlabeled_slices_is_read_only_where_it_is_allowed(data, tmp_pa
     assert "l0.npz has no label" in error_of(batches, data)
 
 
-def test_batches_depend_neither_on_ranks_nor_on_workers_nor_on_a_restart(data, monkeypatch):
+def test_batches_depend_neither_on_workers_nor_on_a_restart(data):
     whole = batches(data)
     assert_same_batches(batches(data, workers=2), whole)
     assert_same_batches(batches(data, start=4), whole[4:])
     assert not torch.equal(batches(data, seed=6)[0]["unlabeled"], whole[0]["unlabeled"])
-    parts = []
-    for rank in (0, 1):
-        as_rank(monkeypatch, rank, 2)
-        parts.append(batches(data))
-    joined = [{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*parts)]
-    assert_same_batches(joined, whole)
-
-
-def as_rank(monkeypatch, rank: int, ranks: int) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
 
 
 # ---------------------------------------------------------------- two masks
@@ -509,20 +489,11 @@ def test_evaluation_equals_counting_by_hand(scored):
     assert results["dice"] == 0 and results["hd95"] is None and " - " in medical.report(results)
 
 
-def test_ranks_share_the_volumes(scored, monkeypatch):
-    files, _ = scored
-    alone = medical.evaluate_volumes(Decode(), files, INFO, 16, CPU)
-    tables = []
+def test_ranks_share_the_volumes(scored, tmp_path):
+    def results(rank: int) -> dict:
+        return medical.evaluate_volumes(Decode(), scored[0], INFO, 16, CPU)
 
-    def collect(table):
-        tables.append(table.clone())
-        return sum(tables)
-
-    monkeypatch.setattr(medical, "all_reduce_sum", collect)
-    for rank in range(4):
-        as_rank(monkeypatch, rank, 4)
-        results = medical.evaluate_volumes(Decode(), files, INFO, 16, CPU)
-    assert results == alone  # the last rank has all tables; a volume in two of them would differ
+    assert on_ranks(results, tmp_path, ranks=4) == 4 * [results(0)]
 
 
 def test_volumes_of_a_folder(scored, tmp_path):
@@ -548,6 +519,6 @@ def test_pictures_are_of_middle_slices(scored, tmp_path, monkeypatch):
     np.testing.assert_array_equal(image, np.rint(255 * volume.image[[2, 2, 2]]))
     np.testing.assert_array_equal(label, volume.label[2])
     np.testing.assert_array_equal(prediction, 4 * volume.image[2] % 4)
-    as_rank(monkeypatch, 1, 2)
+    monkeypatch.setattr(medical, "rank", lambda: 1)
     medical.write_sample_grid(None, (), data, 16, CPU, tmp_path / "samples.png")
     assert len(rows) == 6

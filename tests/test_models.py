@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from common.models import DPT, DeepLabV3Plus, PSPNet, hard_pixel_loss
 from common.runtime import UserError
+from programs import on_ranks
 
 NETWORKS = [(DeepLabV3Plus, "tiny"), (DeepLabV3Plus, "mobilenet_v2"), (PSPNet, "tiny"),
             (DPT, "tiny_vit")]
@@ -216,6 +217,19 @@ def test_hard_pixels_one_by_one(threshold):
     assert least <= len(hard) <= len(values) and (threshold == 1.0) == (len(hard) == len(values))
     assert abs(result.item() - np.mean(hard)) < 1e-6 * np.mean(hard)  # the scale is float32
     assert (logits.grad.abs().sum(1) > 0).sum() == len(hard)
+
+
+def test_hard_pixels_of_two_ranks_are_those_of_one_process(tmp_path):
+    """One rank's share of labeled pixels, and of hard ones among them, is not the other's."""
+    torch.manual_seed(0)
+    loss, label = torch.rand(4, 9, 7), torch.randint(5, (4, 9, 7))
+    loss[:2], label[2:, 3:] = 2 * loss[:2], 255
+
+    def of_rank(rank: int) -> torch.Tensor:
+        return hard_pixel_loss(loss.chunk(2)[rank], label.chunk(2)[rank], 0.7)
+
+    total = sum(on_ranks(of_rank, tmp_path))
+    torch.testing.assert_close(total, hard_pixel_loss(loss, label, 0.7))
 
 
 def test_no_labeled_pixel_is_no_loss():

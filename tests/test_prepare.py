@@ -17,7 +17,7 @@ from PIL import Image
 from common import data, prepare
 from common.data import DATASETS
 from common.medical import read_volume
-from common.runtime import UserError
+from programs import error_of
 
 LISTS = Path("ImageSets") / "Segmentation"
 COCO_CLASSES = DATASETS["coco"].classes
@@ -32,13 +32,6 @@ def convert(*arguments) -> None:
     """convert("coco", "--root", folder) as the command line does it."""
     with mock.patch.object(sys, "argv", ["prepare", *map(str, arguments)]):
         prepare.main()
-
-
-def error_of(*arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        convert(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -141,7 +134,7 @@ def test_foreign_and_damaged_annotations_of_coco(coco, old, new):
     sound = path.read_text()
     assert old in sound
     path.write_text(sound.replace(old, new))
-    assert str(path) in error_of("coco", "--root", coco)
+    assert str(path) in error_of(convert, "coco", "--root", coco)
 
 
 # ---------------------------------------------------------------- SBD
@@ -187,7 +180,7 @@ def test_sbd_is_downloaded_once(voc_root, monkeypatch):
 
     download.url = "https://example.org/benchmark.tgz"
     monkeypatch.setattr(prepare, "SBDataset", download)
-    assert "--download" in error_of("sbd", "--root", voc_root)
+    assert "--download" in error_of(convert, "sbd", "--root", voc_root)
     for _ in range(2):
         convert("sbd", "--root", voc_root, "--download")
     assert calls == [("segmentation", True)]
@@ -197,9 +190,9 @@ def test_sbd_is_downloaded_once(voc_root, monkeypatch):
 def test_files_that_are_no_masks_of_sbd(voc_root):
     write_sbd(voc_root / "cls", {"2008_000002": np.full((4, 5), 21, np.uint8)})
     path = voc_root / "cls" / "2008_000002.mat"
-    assert f"{path} holds the class 21" in error_of("sbd", "--root", voc_root)
+    assert f"{path} holds the class 21" in error_of(convert, "sbd", "--root", voc_root)
     path.write_bytes(b"no matlab file")
-    assert str(path) in error_of("sbd", "--root", voc_root)
+    assert str(path) in error_of(convert, "sbd", "--root", voc_root)
     assert not (voc_root / "SegmentationClassAug").exists()
 
 
@@ -248,7 +241,7 @@ def test_slices_and_lists_of_lucchi(lucchi, tmp_path):
 ])
 def test_stacks_that_cannot_be_used(lucchi, name, content, words):
     (lucchi / name).write_bytes(content(lucchi))
-    assert words in error_of("lucchi", "--root", lucchi)
+    assert words in error_of(convert, "lucchi", "--root", lucchi)
     assert not (lucchi / LISTS).exists()
 
 
@@ -361,12 +354,12 @@ def test_acdc_in_two_forms_or_incomplete(published, tmp_path):
     challenge = write_acdc(tmp_path / "challenge", published, "challenge")
     ssl4mis = write_acdc(tmp_path / "ssl4mis", published, "ssl4mis")
     arguments = ("acdc", "--root", tmp_path / "data", "--source")
-    assert "one volume" in error_of(*arguments, tmp_path)
+    assert "one volume" in error_of(convert, *arguments, tmp_path)
     next(challenge.rglob("patient003_frame12_gt.nii.gz")).unlink()
-    assert "two labeled frames" in error_of(*arguments, challenge)
+    assert "two labeled frames" in error_of(convert, *arguments, challenge)
     for path in ssl4mis.rglob("patient002_frame*.h5"):
         path.unlink()
-    message = error_of(*arguments, ssl4mis)
+    message = error_of(convert, *arguments, ssl4mis)
     assert "2 of 8" in message and "patient002_frame01" in message
     assert not (tmp_path / "data").exists()
 
@@ -375,7 +368,7 @@ def test_only_published_lists_are_taken(published, tmp_path, monkeypatch):
     ssl4mis = write_acdc(tmp_path / "source", published, "ssl4mis")
     arguments = ("acdc", "--root", tmp_path / "data", "--source", ssl4mis)
     (ssl4mis / "val.list").write_text("patient003_frame01\n")  # a patient to train on
-    message = error_of(*arguments)
+    message = error_of(convert, *arguments)
     assert "val.list" in message and "--download" in message
     asked = []
 
@@ -466,7 +459,7 @@ def test_a_damaged_file_costs_itself_alone(lge, tmp_path):
     path = lge / "lge" / "patient9_LGE.nii.gz"
     sound = path.read_bytes()
     path.write_bytes(sound[:100])
-    assert str(path) in error_of(*arguments)
+    assert str(path) in error_of(convert, *arguments)
     before = written(tmp_path / "data")
     assert 0 < len(before) < 12 and not (tmp_path / "data" / "lists").exists()
     path.write_bytes(sound)
@@ -511,26 +504,25 @@ def test_what_must_not_become_a_volume(which, harm, words, tmp_path):
     paths = {"image": tmp_path / "1_LGE.nii.gz", "label": tmp_path / "1_LGE_gd.nii.gz"}
     write_pair(paths["image"], paths["label"], 1, LGE)
     harm(paths[which])
-    with pytest.raises(UserError) as caught:
-        prepare.read_pair(paths["image"], paths["label"], LGE)
-    assert str(paths[which]) in str(caught.value) and words in str(caught.value)
+    line = error_of(prepare.read_pair, paths["image"], paths["label"], LGE)
+    assert str(paths[which]) in line and words in line
 
 
 def test_what_is_not_there_or_twice(lge, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for dataset, words in (("acdc", "acdc"), ("prostate", "prostate"), ("sbd", "JPEGImages"),
                            ("lucchi", "testing.tif"), ("coco", "instances_train2017.json")):
-        assert words in error_of(dataset, "--root", tmp_path / "empty")
+        assert words in error_of(convert, dataset, "--root", tmp_path / "empty")
     arguments = ("mscmrseg", "--root", tmp_path / "data", "--source")
-    assert str(tmp_path / "none") in error_of(*arguments, tmp_path / "none")
+    assert str(tmp_path / "none") in error_of(convert, *arguments, tmp_path / "none")
     image, label = lge / "lge" / "patient5_LGE.nii.gz", lge / "gt" / "patient5_LGE_manual.nii.gz"
     double = lge / "copy" / image.name
     double.parent.mkdir()
     double.write_bytes(image.read_bytes())
-    assert str(double) in error_of(*arguments, lge)
+    assert str(double) in error_of(convert, *arguments, lge)
     double.unlink()
     image.unlink()
-    assert str(label) in error_of(*arguments, lge)
+    assert str(label) in error_of(convert, *arguments, lge)
     label.unlink()
     monkeypatch.setitem(sys.modules, "nibabel", None)
-    assert "nibabel" in error_of(*arguments, lge)
+    assert "nibabel" in error_of(convert, *arguments, lge)

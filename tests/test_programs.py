@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from common import augment
+from common.data import DATASETS
 from common.runtime import run_main
 from conftest import write_voc
-from programs import (assert_identical, interrupt, refuse, run, run_as_program, start, state,
-                      succeed)
+from programs import (QUICK, assert_identical, interrupt, log_of, ranks_draw_apart, recorded,
+                      refuse, run, run_as_program, sigterm_at, start, state, succeed)
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 STEPS = 12
@@ -46,12 +48,6 @@ def here(monkeypatch, capfd):
     return run_here
 
 
-def lines_of(folder: Path) -> list[dict]:
-    """metrics.jsonl without the speed, which is never the same twice."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line if name != "images_per_second"} for line in lines]
-
-
 def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
@@ -68,28 +64,26 @@ def stop_at_next(file: Path, number: int, command: list) -> tuple[int, str, str]
 # ---------------------------------------------------------------- stopped and gone on
 
 
-@pytest.mark.parametrize("script", ["daw.py", "diffmatch.py"])
-def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(script, pictures, tmp_path, here):
+def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(pictures, tmp_path, here):
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
-    out = here(script, *options(pictures, whole))
+    out = here("daw.py", *options(pictures, whole))
     assert f"iteration {STEPS}: miou" in out
     names = {path.name for path in whole.iterdir()}
     assert {"config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt"} < names
     assert results_of(whole)["last"]["images"] == 5
 
-    command = [script, *options(pictures, folder)]
-    if script == "daw.py":  # after the first step
-        status, out, err = stop_at_next(folder / "metrics.jsonl", signal.SIGTERM, command)
-        assert status == 128 + signal.SIGTERM and "Traceback" not in err, err
-        first = state(folder)["iteration"]
-        assert out.splitlines()[-1].startswith(f"stopped by SIGTERM; saved iteration {first}: ")
+    command = ["daw.py", *options(pictures, folder)]
+    status, out, err = stop_at_next(folder / "metrics.jsonl", signal.SIGTERM, command)
+    assert status == 128 + signal.SIGTERM and "Traceback" not in err, err
+    first = state(folder)["iteration"]
+    assert out.splitlines()[-1].startswith(f"stopped by SIGTERM; saved iteration {first}: ")
     assert stop_at_next(folder / "latest.pt", signal.SIGKILL, command)[0] == -signal.SIGKILL
     killed_at = state(folder)["iteration"]
     assert 0 < killed_at < STEPS
     assert f"at iteration {killed_at}\n" in here(*command)
 
     assert_identical({**state(folder), "config": None}, {**state(whole), "config": None})
-    assert results_of(folder) == results_of(whole) and lines_of(folder) == lines_of(whole)
+    assert results_of(folder) == results_of(whole) and log_of(folder) == log_of(whole)
 
     saved = (folder / "latest.pt").stat().st_mtime_ns
     here(*command)  # a finished run is not trained again
@@ -102,8 +96,8 @@ def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(script, pictur
 def test_two_ranks_train_and_evaluate_every_image_once(pictures, tmp_path, here):
     folder = tmp_path / "run"
     out = succeed("daw.py", *options(pictures, folder), torchrun=2)
-    assert out.count("iteration 12: miou") == 1 and len(state(folder)["rng"]) == 2
-    lines = [line["iteration"] for line in lines_of(folder)]
+    assert out.count("iteration 12: miou") == 1 and ranks_draw_apart(folder)
+    lines = [line["iteration"] for line in log_of(folder)]
     assert lines == sorted([*range(1, STEPS + 1), 6, STEPS])  # of one rank
     best = results_of(folder)["best"]
     here("common/evaluate.py", "--checkpoint", folder / "best.pt", "--data-root", pictures,
@@ -118,6 +112,30 @@ def test_the_last_line_of_torchrun_is_ours(tmp_path):
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("error: no ImageSets/Segmentation/train")
     assert done.stderr.count("error: no ImageSets") == 1
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("script", ["daw.py", "pos_meo.py", "diffmatch.py", "usrn.py"])
+def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
+    """In the optimizer after half of the schedule, in the strong views, in the evaluation."""
+    augmented = recorded(monkeypatch, augment, "strong_augment")
+    more = "--lr 0.02 --head-lr-multiplier 5 --weight-decay 0.001 --photometry 0.5"
+    program = (script, monkeypatch, capfd, *QUICK, "--data-root", shapes, *more.split(),
+               "--eval-split", "tune", "--output")
+    with sigterm_at(2, tmp_path / "run"):
+        assert run_as_program(*program, tmp_path / "run")[0] == 128 + signal.SIGTERM
+    groups = state(tmp_path / "run")["optimizer"]["param_groups"]
+    rates = [group["lr"] for group in groups[:2]]
+    assert rates == pytest.approx([rate * (1 - 2 / 4) ** 0.9 for rate in (0.02, 5 * 0.02)])
+    assert {(group["momentum"], group["weight_decay"]) for group in groups} == {(0.9, 0.001)}
+    assert run_as_program(*program, tmp_path / "run")[0] == 0
+    assert results_of(tmp_path / "run")["last"]["images"] == 1  # where the val list has four
+    photometry = DATASETS["shapes"].photometry.scaled(0.5)
+    assert {given for _, given in augmented} == {photometry}
+    assert "no.pth" in refuse(*program, tmp_path / "none", "--weights", "no.pth")
+    assert not (tmp_path / "none").exists()
 
 
 # ---------------------------------------------------------------- bad input
@@ -149,7 +167,8 @@ def test_a_damaged_picture_is_named_by_the_worker_that_meets_it(tmp_path, monkey
 def test_tensorboard_events(pictures, tmp_path, here):
     pytest.importorskip("tensorboard", reason="--tensorboard needs the package tensorboard")
     here("daw.py", *options(pictures, tmp_path), "--iterations", "1", "--tensorboard")
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"loss" in events.read_bytes() and b"miou" in events.read_bytes()
 
 
 def test_a_reader_that_has_enough_is_no_error(pictures):

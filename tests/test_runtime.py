@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,17 +20,9 @@ import daw
 from common import runtime
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, StopSignal, UserError, option,
                             parse, read_checkpoint, write_atomically)
-from programs import assert_identical, on_ranks
+from programs import assert_identical, error_of, log_of, on_ranks
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
-
-
-def error_of(function, *arguments, **options) -> str:
-    """The one line of the UserError that the call raises."""
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def status_of(function, *arguments) -> int | None:
@@ -136,6 +129,17 @@ def test_one_process_is_a_group_of_one(monkeypatch):
     assert runtime.mean_over_ranks(torch.tensor(3)) == 3
 
 
+def test_a_rank_has_the_gpu_of_its_number_on_its_node(monkeypatch):
+    chosen, matmul, cudnn = [], SimpleNamespace(), SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.init_distributed("cuda")[2] == torch.device("cuda:1") and chosen == ["cuda:1"]
+    assert matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark
+
+
 def test_two_ranks_share_a_batch(tmp_path):
     known = torch.tensor([5, 2])
 
@@ -201,7 +205,7 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
         return means, Run(tmp_path / "run").first, torch.equal(torch.rand(4), expected)
 
     assert on_ranks(work, tmp_path) == [({"loss": 3.5}, 2, True)] * 2  # mean of 1, 2, 5, 6
-    assert lines_of(tmp_path / "run") == [{"iteration": 2, "loss": 3.5}]  # by the first rank
+    assert log_of(tmp_path / "run") == [{"iteration": 2, "loss": 3.5}]  # by the first rank
 
 
 def test_a_signal_in_one_process(capsys, monkeypatch):
@@ -341,13 +345,6 @@ class Run:
         return {"miou": float(self.ema[0].weight.sum().abs()), "iou": {"sky": None}}
 
 
-def lines_of(folder) -> list[dict]:
-    """metrics.jsonl without the speed, which is never the same twice."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.pop("images_per_second") > 0 for line in lines if "loss" in line)
-    return lines
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Run:
     return Run(tmp_path_factory.mktemp("runs") / "whole").train()
@@ -366,8 +363,8 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
         ours, theirs = [read_checkpoint(run.folder / name) for run in (resumed, whole)]
         assert_identical({**ours, "config": asdict(whole.config)}, theirs)
     ours, theirs = [(run.folder / "results.json").read_text() for run in (resumed, whole)]
-    assert ours == theirs and lines_of(resumed.folder) == lines_of(whole.folder)
-    assert [line["iteration"] for line in lines_of(whole.folder)] == [10, 10, 20, 20]
+    assert ours == theirs and log_of(resumed.folder) == log_of(whole.folder)
+    assert [line["iteration"] for line in log_of(whole.folder)] == [10, 10, 20, 20]
     config = json.loads((whole.folder / "config.json").read_text())
     assert config == {"method": "daw", **asdict(whole.config)}
     assert len(os.listdir(whole.folder)) == 6 and ".lock" in os.listdir(whole.folder)
@@ -456,7 +453,7 @@ def test_the_log_has_means(tmp_path, monkeypatch):
     assert [step for step, line in enumerate(means, 1) if line] == [4, 8, 10]  # and the last one
     assert means[9] == {"loss": 1.0, "loss_late": 2.0}  # a part of the loss that begins late
     log.write(4, means[3])
-    assert lines_of(tmp_path) == [{"iteration": 4, "loss": 3.0, "used": 0.75, "dice": None}]
+    assert log_of(tmp_path) == [{"iteration": 4, "loss": 3.0, "used": 0.75, "dice": None}]
     for bad in ({"loss": math.nan}, {"loss_sup": math.inf}):
         log, good = log_in(tmp_path), {"loss": torch.tensor(1.0), "loss_sup": torch.tensor(1.0)}
         log.step(1, {**good, **{name: torch.tensor(value) for name, value in bad.items()}})
