@@ -80,7 +80,7 @@ def run_main(main) -> None:
 
 def explain(error: Exception) -> str | None:
     """What the user can do about an error of PyTorch's; None where it is none of these."""
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this needs the package {error.name}: pip install {error.name}"
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if memory or "can't allocate memory" in str(error):
