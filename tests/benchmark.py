@@ -198,7 +198,8 @@ def gpu(sizes) -> None:
     if not torch.cuda.is_available():
         return say("  not measured: there is no GPU")
     method, flags = UNIMATCH
-    kinds = {"bf16": ["--amp"], "fp32 (tf32)": ["--no-amp"], "compiled, bf16": ["--amp", "--compile"]}
+    kinds = {"bf16": ["--amp"], "fp32 (tf32)": ["--no-amp"],
+             "compiled, bf16": ["--amp", "--compile"]}
     candidates = {name: (method, [*flags, *more]) for name, more in kinds.items()}
     common = [*SHAPES, sizes.backbone, "--crop", str(sizes.crop), "--batch-size", str(sizes.batch)]
     seconds = compare_trainings(candidates, sizes, common)
