@@ -338,14 +338,13 @@ def write_atomically(path: Path, write) -> None:
             temporary.unlink()
 
 
-def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
 def write_lines(path: Path, lines) -> None:
     text = "".join(f"{line}\n" for line in lines)
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def write_json(path: Path, value) -> None:
+    write_lines(path, [json.dumps(value, indent=2, allow_nan=False)])
 
 
 def read_tensors(path: str | Path):
@@ -675,5 +674,5 @@ def keep_lines_until(path: Path, iteration: int) -> None:
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+                kept.append(line)
+    write_lines(path, kept)

@@ -203,10 +203,10 @@ def gpu(sizes) -> None:
     candidates = {name: (method, [*flags, *more]) for name, more in kinds.items()}
     common = [*SHAPES, sizes.backbone, "--crop", str(sizes.crop), "--batch-size", str(sizes.batch)]
     seconds = compare_trainings(candidates, sizes, common)
-    for name, (_, options) in candidates.items():
-        options = [*common, *sizes.options, *options]
-        found, syncs, breaks = in_own_process(counted, method, options)
-        operations = found if name == "bf16" else operations  # a compiled step hides its own
+    counts = {name: in_own_process(counted, method, [*common, *sizes.options, *options])
+              for name, (_, options) in candidates.items()}
+    operations = counts["bf16"][0]  # a compiled step hides its own
+    for name, (_, syncs, breaks) in counts.items():
         rate = operations / np.median(seconds[name]) / 1e12
         say(f"  {name:24}{rate:8.1f} TFLOP/s, {syncs} host syncs a step, {breaks} graph breaks")
 
