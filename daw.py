@@ -301,14 +301,13 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "daw", asdict(config), state)
     start = checkpoint.load()
-    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
-              config.batch_size * (1 if config.supervised else 2), config.tensorboard)
+    log = Log(checkpoint, start, config.batch_size * (1 if config.supervised else 2))
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, not config.supervised, config.num_workers)
 
     scores = partial(evaluate, evaluated, data, config.eval_split, config.crop, device,
                      config.num_workers)
-    milestones = Milestones(checkpoint, log, config.save_every, evaluated, scores)
+    milestones = Milestones(checkpoint, log, evaluated, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if config.supervised:
@@ -335,7 +334,6 @@ def train(config: Config) -> None:
             log.write(step, {**means, **more})
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 

@@ -449,15 +449,14 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment and add noise differently
     checkpoint = Checkpoint(config.output, "diffmatch", asdict(config), state)
     start = checkpoint.load()
-    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
-              2 * config.batch_size, config.tensorboard)
+    log = Log(checkpoint, start, 2 * config.batch_size)
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
     names = ("strong_1",) if config.single_view else ("strong_1", "strong_2")
 
     scores = partial(evaluate, sampler, data, config.eval_split, config.crop, device,
                      config.num_workers)
-    milestones = Milestones(checkpoint, log, config.save_every, model, scores)
+    milestones = Milestones(checkpoint, log, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.photometry, names, 0.5 * config.cutmix)
@@ -473,7 +472,6 @@ def train(config: Config) -> None:
             log.write(step, means)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
     write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")

@@ -28,7 +28,6 @@ import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations, pairwise, product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -451,18 +450,16 @@ def train(config: Config) -> None:
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     state |= {"optimizer": optimizer, "schedule": schedule}
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
-    folder = Path(config.output)
-    checkpoint = Checkpoint(folder, "diffrect", asdict(config), state)
+    checkpoint = Checkpoint(config.output, "diffrect", asdict(config), state)
     start = checkpoint.load()
-    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
-              config.batch_size * len(streams), config.tensorboard, metric="dice")
+    log = Log(checkpoint, start, config.batch_size * len(streams), metric="dice")
     loader = slice_loader(data, config.crop, config.batch_size, config.seed, start,
                           config.iterations, device, not supervised, config.num_workers)
     amp = torch.autocast(device.type, torch.bfloat16, enabled=config.amp)
 
     scores = partial(evaluate_volumes, model, getattr(data, config.eval_split), info, config.crop,
                      device)
-    milestones = Milestones(checkpoint, log, config.save_every, model, scores)
+    milestones = Milestones(checkpoint, log, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         weak = to_float(torch.cat([batch[name] for name in streams]))  # labeled, then unlabeled
@@ -532,7 +529,6 @@ def train(config: Config) -> None:
             log.write(step, means)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()  # from here on a signal just ends the process
     if data.test:
         results = evaluate_volumes(model, data.test, info, config.crop, device)
         say(f"test list: dice {results['dice']:.2f}")
@@ -548,7 +544,8 @@ def train(config: Config) -> None:
     for part in checkpoint.models:
         part.eval()  # running statistics, unlike in training: here one slice is a batch
     captions = ["image", "label", "prediction", "rectified"][: 3 + rectifies]
-    write_sample_grid(label_maps, captions, data, config.crop, device, folder / "samples.png")
+    write_sample_grid(label_maps, captions, data, config.crop, device,
+                      checkpoint.folder / "samples.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:

@@ -335,15 +335,14 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
     start = checkpoint.load()
-    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
-              2 * config.batch_size, config.tensorboard)
+    log = Log(checkpoint, start, 2 * config.batch_size)
     lowest = torch.inf
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
 
     scores = partial(evaluate, evaluated, data, config.eval_split, config.crop, device,
                      config.num_workers)
-    milestones = Milestones(checkpoint, log, config.save_every, evaluated, scores)
+    milestones = Milestones(checkpoint, log, evaluated, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.photometry)
@@ -387,7 +386,6 @@ def train(config: Config) -> None:
             require(not (pareto and collapsed), COLLAPSED)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()  # from here on a signal just ends the process
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
 
 

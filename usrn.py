@@ -538,17 +538,15 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     if subclass_model:
         state["subclass_model"] = subclass_model
     torch.manual_seed(config.seed + 1000 * rank())  # ranks augment differently
-    folder = Path(config.output)
-    checkpoint = Checkpoint(folder, "usrn", options, state)
+    checkpoint = Checkpoint(config.output, "usrn", options, state)
     start = checkpoint.load()
-    log = Log(checkpoint, start, config.iterations, config.log_every, config.eval_every,
-              config.batch_size * (2 if "OST" in parts else 1), config.tensorboard)
+    log = Log(checkpoint, start, config.batch_size * (2 if "OST" in parts else 1))
     loader = training_loader(labels or data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, "OST" in parts, config.num_workers)
 
     scores = partial(evaluate, model, data, config.eval_split, config.crop, device,
                      config.num_workers)
-    milestones = Milestones(checkpoint, log, config.save_every, model, scores)
+    milestones = Milestones(checkpoint, log, model, scores)
     for step, batch in enumerate(loader, start + 1):
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, data.info.photometry, parent_of)
@@ -563,8 +561,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
             log.write(step, means)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    milestones.stop.release()  # from here on a signal just ends the process
-    write_samples(model, data, config.crop, device, folder / "samples.png")
+    write_samples(model, data, config.crop, device, checkpoint.folder / "samples.png")
     return model
 
 

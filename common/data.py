@@ -39,7 +39,7 @@ from common.augment import IGNORE, Photometry, weak_geometry
 from common.figures import voc_palette
 from common.runtime import (UserError, main_first, option, parse, rank, reading, require, run_main,
                             say, world_size, write_atomically, write_lines)
-from common.synthetic import SHAPES, generate_shapes
+from common.synthetic import SHAPES, generate
 
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
        "motorbike person pottedplant sheep sofa train tvmonitor")
@@ -352,11 +352,6 @@ def pictures_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def is_held_out(name: str) -> bool:
-    """Whether a picture is of the fifth for validation: its name decides, now and for ever."""
-    return hashlib.sha256(name.encode()).digest()[0] < 256 / 5
-
-
 def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
     """One's own pictures: (train, val); those of train that have no label have no mask."""
     images, masks = pictures_in(root / "images"), pictures_in(root / "masks")
@@ -364,8 +359,9 @@ def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
     alone = [*(masks.keys() - images.keys()), *(val_masks.keys() ^ val_images.keys())]
     require(not alone, f"{root}: {alone[:1]} is a mask without picture, or has none for validation")
     val = [Sample(val_images[name], val_masks[name]) for name in sorted(val_masks)]
-    if not val:
-        val = [Sample(images[name], masks[name]) for name in sorted(masks) if is_held_out(name)]
+    if not val:  # a fifth: a picture's name decides, now and for ever
+        val = [Sample(images[name], masks[name]) for name in sorted(masks)
+               if hashlib.sha256(name.encode()).digest()[0] < 256 / 5]
         require(bool(val), f"none of the {len(masks)} images/ with masks/ in {root} is of the "
                            f"fifth for validation: add some, or make val_images/ and val_masks/")
     train = [Sample(image, masks.get(name)) for name, image in images.items()]
@@ -460,7 +456,7 @@ def load_data(options: DataOptions) -> Data:
     names_in.cache_clear()
     with main_first():
         if info.embedded:
-            generate_shapes(root, name)
+            generate(root, name)
         if name == "pascal" and options.download and not (voc_folder(root) / "JPEGImages").is_dir():
             with reading("the download of PASCAL VOC 2012"):
                 VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
@@ -750,12 +746,6 @@ def check_labels(data: Data) -> None:
                                  f"{', '.join(without)}: classes are 0, 1, 2, ...; 255 is ignored")
     if without:
         say(f"warning: no labeled pixel is {' or '.join(without)}")
-
-
-def evaluation_loader(samples: list[Sample], data: Data, device, num_workers: int | None = None):
-    """Rank r sees samples[r::world_size]: each image once, whatever the number of ranks."""
-    mine = EvaluationSet(samples[rank() :: world_size()], data.root, data.info.num_classes)
-    return make_loader(mine, device, num_workers, batch_size=data.info.eval_batch)
 
 
 # ---------------------------------------------------------------- a look at a data set

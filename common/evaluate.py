@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from common import medical
 from common.augment import IGNORE, normalize
-from common.data import (Data, DataOptions, EvaluationSet, dataset_info, evaluation_loader,
-                         load_data)
+from common.data import (Data, DataOptions, EvaluationSet, dataset_info, load_data,
+                         make_loader)
 from common.figures import plot_calibration, sample_grid
 from common.runtime import (all_reduce_sum, average_buffers, init_distributed, rank,
-                            read_checkpoint, reading, require, run_main, say, write_json)
+                            read_checkpoint, reading, require, run_main, say, world_size,
+                            write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 CLAIMS = ROOT / ".docs/claims.tsv"
@@ -133,6 +134,7 @@ def class_probabilities(predict: Predict, images: Tensor, mode: str, crop: int) 
     return total.div_(count)
 
 
+@torch.backends.cudnn.flags(enabled=True)  # benchmark=False: it would start anew for every size
 def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torch.device,
              num_workers: int | None = None, threshold: float | None = None,
              mode: str | None = None) -> dict:
@@ -148,15 +150,15 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
     require(bool(samples) and all(sample.mask for sample in samples),
             f"{data.info.name} has no {split} images with labels")
     average_buffers(network)
-    training, tuning = network.training, torch.backends.cudnn.benchmark
+    training = network.training
     network.eval()
-    torch.backends.cudnn.benchmark = False  # it would start anew for every size of image
     mode, classes = mode or data.info.evaluation, data.info.num_classes
     sizes = (classes**2, 3 * BINS, 2, 1)
     totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     confusion, histogram, accepted, images = totals.split(sizes)  # views
+    mine = EvaluationSet(samples[rank() :: world_size()], data.root, classes)  # each image once
     with torch.inference_mode():
-        for batch in evaluation_loader(samples, data, device, num_workers):
+        for batch in make_loader(mine, device, num_workers, batch_size=data.info.eval_batch):
             image = normalize(batch["image"].to(device, non_blocking=True))
             label = batch["label"].to(device, non_blocking=True)
             confidence, prediction = class_probabilities(network, image, mode, crop).max(dim=1)
@@ -167,7 +169,6 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
             if threshold is not None:
                 chosen = valid & (confidence >= threshold)
                 accepted += torch.stack([chosen.sum(), (chosen & correct).sum()])
-    torch.backends.cudnn.benchmark = tuning
     network.train(training)
 
     # One message between the ranks; float64 holds counts exactly up to 2^53.

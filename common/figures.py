@@ -279,9 +279,8 @@ def filter_normalized_direction(model: torch.nn.Module,
         if parameter.dim() < 2:
             gaussian.zero_()
         else:
-            norms = [part.flatten(1).norm(dim=1).view(-1, *[1] * (part.dim() - 1))
-                     for part in (parameter.detach().to(gaussian), gaussian)]
-            gaussian *= norms[0] / norms[1]
+            length = torch.norm_except_dim(parameter.detach().to(gaussian))
+            gaussian *= length / torch.norm_except_dim(gaussian)
         direction.append(gaussian.to(parameter))
     return direction
 

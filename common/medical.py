@@ -23,7 +23,7 @@ from common.data import TrainingBatches, collate_training, copies_of, digest_of,
 from common.figures import sample_grid, voc_palette
 from common.runtime import (all_reduce_sum, average_buffers, main_first, option, rank, reading,
                             require, world_size, write_atomically)
-from common.synthetic import CARDIAC_CLASSES, generate_phantom
+from common.synthetic import CARDIAC_CLASSES, generate
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd", "hd95_mm", "asd_mm", "assd_mm")
 Spacing = tuple[float, float, float]  # mm between voxel centres along z, y, x
@@ -185,7 +185,7 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     root = Path(options.data_root or f"data/{info.name}")
     if info.embedded:
         with main_first():
-            generate_phantom(root, info.name)
+            generate(root, info.name)
     wanted = options.labeled or info.default_labeled  # "7", "all", "3_split2"
     count, _, split = wanted.partition("_")
     lists = []

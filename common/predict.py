@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from common.augment import normalize
-from common.data import TO_LABEL_ID, DatasetInfo, open_image
+from common.data import PICTURES, TO_LABEL_ID, DatasetInfo, open_image
 from common.evaluate import Predict, change, class_probabilities, load_predictor
 from common.figures import overlay, save_indexed_png, save_png
 from common.medical import (VolumeInfo, min_max, read_volume, segment_volume, turn,
@@ -27,7 +27,6 @@ from common.medical import (VolumeInfo, min_max, read_volume, segment_volume, tu
 from common.runtime import (UserError, explain, init_distributed, reading, require, run_main,
                             write_atomically)
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 VOLUMES = (".npz", ".nii", ".nii.gz")
 
 

@@ -486,11 +486,14 @@ class StopSignal:
 
     def __init__(self):
         self.number, self.agreed = 0, 0  # this rank's signal, and that of all ranks
+        self.saved: int | None = None  # the iteration, where nothing is left to save
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number: int, frame) -> None:
+        if self.saved is not None:
+            self.leave(self.saved, number)
         if not self.number:
             self.number, self.since = number, time.monotonic()
         elif time.monotonic() > self.since + 5:
@@ -511,25 +514,12 @@ class StopSignal:
             f"the same command goes on from there")
         sys.exit(128 + number)
 
-    @contextlib.contextmanager
-    def at_once(self, step: int):
-        """Inside, where all up to `step` is saved, a signal ends the process without waiting."""
-        previous = [signal.signal(number, lambda number, frame: self.leave(step, number))
-                    for number in (signal.SIGTERM, signal.SIGINT)]
-        try:
-            if self.number:
-                self.leave(step, self.number)
-            yield
-        finally:
-            for number, handler in zip((signal.SIGTERM, signal.SIGINT), previous):
-                signal.signal(number, handler)
-
-    def release(self) -> None:
-        """After the loop, for work that has nothing to save: signals end the process again."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+    def at_once(self, step: int) -> None:
+        """From here on, where all up to `step` is saved, a signal ends the process, also one that
+        has come."""
+        self.saved = step
         if self.number:
-            sys.exit(128 + self.number)
+            self.leave(step, self.number)
 
 
 class Milestones:
@@ -538,13 +528,15 @@ class Milestones:
     scores: evaluates, without arguments. evaluated: the network whose weights best.pt holds.
     """
 
-    def __init__(self, checkpoint: Checkpoint, log: "Log", save_every: int | None,
-                 evaluated: nn.Module, scores: Callable[[], dict]):
+    def __init__(self, checkpoint: Checkpoint, log: "Log", evaluated: nn.Module,
+                 scores: Callable[[], dict]):
         self.checkpoint, self.log, self.stop = checkpoint, log, StopSignal()
-        self.save_every = save_every or log.eval_every
+        self.save_every = checkpoint.config["save_every"] or log.eval_every
         self.evaluated, self.scores = evaluated, scores
         if log.evaluation_is_due(log.start):  # a kill came between saving and evaluating
             self.evaluate(log.start)
+        elif log.start == log.total:
+            self.stop.at_once(log.start)
 
     def after(self, step: int) -> None:
         stops, evaluates = self.stop.requested(step), self.log.evaluation_is_due(step)
@@ -556,12 +548,15 @@ class Milestones:
             self.evaluate(step)
 
     def evaluate(self, step: int) -> None:
-        with self.stop.at_once(step):  # all is saved
-            results = self.scores()
+        self.stop.at_once(step)
+        results = self.scores()
+        self.stop.saved = None
         if self.log.is_best(results):
             best = {"model": self.evaluated.state_dict(), "iteration": step}
             self.checkpoint.write("best.pt", best)
         self.log.evaluation(step, results)
+        if step == self.log.total:  # what follows has nothing to save
+            self.stop.at_once(step)
 
 
 class Log:
@@ -571,10 +566,11 @@ class Log:
     which an evaluation is the best.
     """
 
-    def __init__(self, checkpoint: Checkpoint, start: int, total: int, every: int, eval_every: int,
-                 images_per_step: int, tensorboard: bool, metric: str = "miou"):
-        self.folder, self.start, self.total = checkpoint.folder, start, total
-        self.every, self.eval_every = every, eval_every
+    def __init__(self, checkpoint: Checkpoint, start: int, images_per_step: int,
+                 metric: str = "miou"):
+        self.folder, self.start, config = checkpoint.folder, start, checkpoint.config
+        self.total, self.every = config["iterations"], config["log_every"]
+        self.eval_every = config["eval_every"]
         self.images_per_step, self.metric = images_per_step, metric
         self.pending = checkpoint.pending
         self.results = {"method": checkpoint.method, "last": None, "best": None}
@@ -582,7 +578,7 @@ class Log:
             with reading(self.folder / "results.json"):
                 self.results = json.loads((self.folder / "results.json").read_text())
         self.tensorboard = None
-        if tensorboard and rank() == 0:
+        if config["tensorboard"] and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))

@@ -14,9 +14,7 @@ in end-diastole (ED) and end-systole (ES), with ACDC's classes, among organs and
 import json
 import math
 import os
-import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,6 +418,8 @@ def choose_labeled(present: np.ndarray, rng: np.random.Generator) -> dict[int, l
 
 
 def write_shapes(folder: Path, dials: SimpleNamespace) -> None:
+    """JPEGImages/<id>.jpg, SegmentationClass/<id>.png (255 on borders), classes.txt,
+    ImageSets/Segmentation/{train, val, tune, labeled_12, labeled_12_split1, ...}.txt."""
     images, labels = folder / "JPEGImages", folder / "SegmentationClass"
     lists = folder / "ImageSets" / "Segmentation"
     for part in (images, labels, lists):
@@ -446,6 +446,8 @@ def write_shapes(folder: Path, dials: SimpleNamespace) -> None:
 
 
 def write_phantom(folder: Path, dials: SimpleNamespace) -> None:
+    """volumes/patientNNN_{ED, ES}.npz (see common.medical), lists/{train, train_split1,
+    train_split2, val, test}.txt with lines "<patient> <volume>", classes.txt."""
     volumes, lists, number = folder / "volumes", folder / "lists", 0
     for part in (volumes, lists):
         part.mkdir(parents=True)
@@ -468,10 +470,14 @@ def write_phantom(folder: Path, dials: SimpleNamespace) -> None:
     write_lines(folder / "classes.txt", CARDIAC_CLASSES)
 
 
-def publish(root: Path | str, name: str, dials: SimpleNamespace, write) -> None:
-    """`write(folder, dials)` fills `root`, unless generator.json says that it has. UserError if it
-    holds anything else. The folder appears complete: processes that start together agree."""
-    root = Path(root).resolve()
+def generate(root: Path | str, name: str) -> None:
+    """Write a data set of SHAPES or PHANTOMS, unless generator.json says that it is there.
+
+    UserError if `root` holds anything else, KeyError for another name. The folder appears complete:
+    processes that start together agree.
+    """
+    write, dials = (write_shapes, SHAPES) if name in SHAPES else (write_phantom, PHANTOMS)
+    root, dials = Path(root).resolve(), dials[name]
     generator = {"format": FORMAT, "name": name, "dials": vars(dials)}
     text = json.dumps(generator, indent=1) + "\n"
 
@@ -486,9 +492,6 @@ def publish(root: Path | str, name: str, dials: SimpleNamespace, write) -> None:
                   f"or choose another one")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        for killed in root.parent.glob(f".{root.name}-*"):
-            if time.time() - killed.stat().st_mtime > 3600:  # nobody writes any more
-                shutil.rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
             folder = Path(temporary) / "data"  # a level below: only its owner can read `temporary`
             write(folder, dials)
@@ -496,20 +499,6 @@ def publish(root: Path | str, name: str, dials: SimpleNamespace, write) -> None:
             os.rename(folder, root)
     except OSError as error:  # of os.rename, too, where another process was faster
         require(is_there(), f"cannot write {root}: {error.strerror or error}")
-
-
-def generate_shapes(root: Path | str, name: str) -> None:
-    """Write a data set of SHAPES, unless it is there: JPEGImages/<id>.jpg, classes.txt,
-    SegmentationClass/<id>.png (255 on borders), ImageSets/Segmentation/{train, val, tune,
-    labeled_12, labeled_12_split1, ...}.txt. KeyError for another name."""
-    publish(root, name, SHAPES[name], write_shapes)
-
-
-def generate_phantom(root: Path | str, name: str) -> None:
-    """Write a data set of PHANTOMS, unless it is there: volumes/patientNNN_{ED, ES}.npz (see
-    common.medical), lists/{train, train_split1, train_split2, val, test}.txt with lines
-    "<patient> <volume>", classes.txt. KeyError for another name."""
-    publish(root, name, PHANTOMS[name], write_phantom)
 
 
 # ---------------------------------------------------------------- pretraining
@@ -607,7 +596,6 @@ def main() -> None:
     config = parse(Config, description=__doc__)
     require(bool(config.dataset) != bool(config.encoder), "give --dataset or --encoder")
     if config.dataset:
-        generate = generate_shapes if config.dataset in SHAPES else generate_phantom
         return generate(config.output or f"data/{config.dataset}", config.dataset)
     file, epochs, pictures = {"tiny": ("tiny_encoder.pt", 10, 16000),
                               "tiny_vit": ("tiny_vit.pt", 24, 24000)}[config.encoder]

@@ -1,5 +1,6 @@
 """Fixtures of several test files. Tests import modules from the repository root, as users do."""
 
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.synthetic import SHAPES, publish, with_changes, write_shapes
+from common.synthetic import SHAPES, generate, with_changes
+from programs import run_as_program
 
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 
@@ -31,7 +33,9 @@ FEW = {"train": 60, "val": 4, "tune": 1}
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "shapes"
-    publish(root, "shapes", with_changes(SHAPES["shapes"], **FEW), write_shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], **FEW))
+        generate(root, "shapes")
     return root
 
 
@@ -40,6 +44,14 @@ def shapes(shapes_folder, monkeypatch) -> Path:
     """The embedded data, fewer of them."""
     monkeypatch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], **FEW))
     return shapes_folder
+
+
+@pytest.fixture
+def program(request, shapes, monkeypatch, capfd, keep_signal_handlers):
+    """Run NAME.py from test_NAME.py with its SHORT and further options: (status, out, err)."""
+    script = request.module.__name__.removeprefix("test_") + ".py"
+    return functools.partial(run_as_program, script, monkeypatch, capfd, *request.module.SHORT,
+                             "--data-root", shapes)
 
 
 @pytest.fixture

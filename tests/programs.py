@@ -183,6 +183,13 @@ def are_hard(logits: torch.Tensor, label: torch.Tensor, threshold: float) -> tor
     return hard
 
 
+def assert_same_run(folder: Path, other: Path) -> None:
+    """What two runs leave is equal bit for bit, but for their options and speed."""
+    assert_identical(*({**state(of), "config": None} for of in (folder, other)))
+    assert log_of(folder) == log_of(other)
+    assert (folder / "results.json").read_text() == (other / "results.json").read_text()
+
+
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, rel: float = 1e-5) -> None:
     """The difference is short beside `theirs`: sums in another order differ by a part of that."""
     difference = torch.linalg.vector_norm(ours.double() - theirs.double())

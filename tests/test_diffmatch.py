@@ -1,7 +1,6 @@
 """diffmatch.py against other ways to the same numbers: moments of what is drawn, loops over steps
 and over points, Algorithm 1 in float64; and what its runs leave behind."""
 
-import functools
 import json
 import math
 import signal
@@ -12,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, pasted,
-                      recorded, run_as_program, seeded, sigterm_at, state)
+from programs import (QUICK, assert_near, assert_same_run, lines_of, on_ranks, pasted,
+                      recorded, seeded, sigterm_at, state)
 from torch import nn
 
 import diffmatch
@@ -390,22 +389,13 @@ def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
 SHORT = [*QUICK, "--threshold", "0.1"]  # so early none is confident
 
 
-@pytest.fixture
-def program(shapes, monkeypatch, capfd, keep_signal_handlers):
-    start = ("diffmatch.py", monkeypatch, capfd, *SHORT, "--data-root", shapes)
-    return functools.partial(run_as_program, *start)
-
-
 def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert program("--output", whole)[0] == 0
     with sigterm_at(2, parts):
         assert program("--output", parts)[0] == 128 + signal.SIGTERM
     assert state(parts)["iteration"] == 2 and program("--output", parts)[0] == 0
-    ours, theirs = state(parts), state(whole)
-    for name in theirs.keys() - {"config"}:  # the prior and random states too
-        assert_identical(ours[name], theirs[name], name)
-    assert lines_of(parts) == lines_of(whole)
+    assert_same_run(parts, whole)
     widths = [Image.open(whole / f"{name}.png").width - 8 for name in ("samples", "trajectory")]
     assert widths[0] / 3 == widths[1] / 5  # columns: image, label, predictions
 

@@ -20,8 +20,8 @@ import diffrect
 from common import medical, runtime
 from common.evaluate import load_predictor
 from common.runtime import parse
-from programs import (assert_identical, error_of, lines_of, on_ranks, ranks_draw_apart, recorded,
-                      seeded, state, succeed)
+from programs import (assert_identical, assert_same_run, error_of, lines_of, on_ranks,
+                      ranks_draw_apart, recorded, seeded, state, succeed)
 
 IGNORE = 255
 INFO = dataclasses.replace(medical.DATASETS["acdc"], adjust=(0.6, 1.4), blur=(0.3, 1.0))
@@ -505,8 +505,8 @@ def test_the_checkpoint_is_scored_as_in_training(trained, hearts):
 
 
 def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
-    checkpoint = runtime.Checkpoint(tmp_path, "diffrect", {}, {})
-    log = runtime.Log(checkpoint, 0, 200, 2, 100, 1, False, metric="dice")
+    config = {"iterations": 200, "log_every": 2, "eval_every": 100, "tensorboard": False}
+    log = runtime.Log(runtime.Checkpoint(tmp_path, "diffrect", config, {}), 0, 1, metric="dice")
     log.steps = 50  # for the speed
     for step in range(2, 102, 2):  # noise of 60 % until 60
         loss = 0.1 * (1 + 0.6 * (-1) ** (step // 2)) if step <= 60 else 0.6
@@ -526,11 +526,7 @@ def test_an_interrupted_run_ends_with_identical_bits(trained, hearts, tmp_path, 
         diffrect.train(command)
     assert state(tmp_path)["iteration"] == 3
     diffrect.train(command)
-    ours, theirs = state(tmp_path), state(trained)
-    for name in theirs.keys() - {"config"}:
-        assert_identical(ours[name], theirs[name], name)
-    assert (tmp_path / "results.json").read_text() == (trained / "results.json").read_text()
-    assert lines_of(tmp_path) == lines_of(trained)
+    assert_same_run(tmp_path, trained)
 
 
 RUNS = {

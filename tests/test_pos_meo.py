@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import functools
 import inspect
 import json
 import signal
@@ -11,8 +10,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import (QUICK, assert_identical, assert_near, lines_of, on_ranks, ranks_draw_apart,
-                      run_as_program, seeded, sigterm_at, state)
+from programs import (QUICK, assert_near, assert_same_run, lines_of, on_ranks, ranks_draw_apart,
+                      seeded, sigterm_at, state)
 from torch import nn
 
 import daw
@@ -271,6 +270,7 @@ def test_a_step_reads_nothing_back_from_the_device(baseline):
 
 # ---------------------------------------------------------------- training
 
+SHORT = [*QUICK, "--warmup", "0"]
 SECOND = ["--baseline", "unimatch_v2"]
 
 
@@ -413,13 +413,6 @@ def test_two_ranks_learn_what_one_process_learns(options, shapes, tmp_path, floa
         assert shared == pytest.approx(alone, rel=1e-5, abs=2e-6)  # six digits are written
 
 
-@pytest.fixture
-def program(shapes, monkeypatch, capfd, keep_signal_handlers):
-    """Run pos_meo.py with further options: (exit status, stdout, stderr)."""
-    start = ("pos_meo.py", monkeypatch, capfd, *QUICK, "--warmup", "0", "--data-root", shapes)
-    return functools.partial(run_as_program, *start)
-
-
 def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert program(*SECOND, "--output", whole)[0] == 0
@@ -427,11 +420,8 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
         assert program(*SECOND, "--output", parts)[0] == 128 + signal.SIGTERM
     assert state(parts)["iteration"] == 2
     assert program(*SECOND, "--output", parts)[0] == 0
-    ours, theirs = state(parts), state(whole)
-    for name in theirs.keys() - {"config"}:
-        assert_identical(ours[name], theirs[name], name)
-    lines = lines_of(whole)
-    assert lines_of(parts) == lines and [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    assert_same_run(parts, whole)
+    assert [line["iteration"] for line in lines_of(whole)] == [1, 2, 3, 4]
     out = program(*SECOND, "--output", tmp_path / "uniform", "--warmup", 4)[1]
     assert "--warmup is 4: all 4 steps are uniform" in out
 

@@ -13,8 +13,8 @@ from common import augment
 from common.data import DATASETS
 from common.runtime import run_main
 from conftest import write_voc
-from programs import (QUICK, assert_identical, interrupt, log_of, ranks_draw_apart, recorded,
-                      refuse, run, run_as_program, sigterm_at, start, state, succeed)
+from programs import (QUICK, assert_same_run, interrupt, log_of, ranks_draw_apart, recorded, refuse,
+                      run, run_as_program, sigterm_at, start, state, succeed)
 
 pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 STEPS = 12
@@ -82,8 +82,7 @@ def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(pictures, tmp_
     assert 0 < killed_at < STEPS
     assert f"at iteration {killed_at}\n" in here(*command)
 
-    assert_identical({**state(folder), "config": None}, {**state(whole), "config": None})
-    assert results_of(folder) == results_of(whole) and log_of(folder) == log_of(whole)
+    assert_same_run(folder, whole)
 
     saved = (folder / "latest.pt").stat().st_mtime_ns
     here(*command)  # a finished run is not trained again

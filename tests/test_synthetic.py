@@ -15,7 +15,7 @@ from common.backbones import build_encoder
 from common.figures import voc_palette
 from common.runtime import UserError
 from common.synthetic import (LV, MYOCARDIUM, PHANTOMS, RV, SHAPES, choose_labeled, draw_patient,
-                              draw_shapes, generate_phantom, generate_shapes, with_changes)
+                              draw_shapes, generate, with_changes)
 
 SMALL = with_changes(SHAPES["shapes"], train=60, val=4, tune=3)
 SMALL_PHANTOM = with_changes(PHANTOMS["phantom"], size=32, train=5, val=2, test=3)
@@ -26,21 +26,21 @@ SUFFIXES = ("", "_split1", "_split2")
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, "small", SMALL)
-        patch.setitem(PHANTOMS, "small", SMALL_PHANTOM)
+        patch.setitem(PHANTOMS, "small_phantom", SMALL_PHANTOM)
         yield
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shapes") / "data"
-    generate_shapes(folder, "small")
+    generate(folder, "small")
     return folder
 
 
 @pytest.fixture(scope="module")
 def phantom_root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "data"
-    generate_phantom(folder, "small")
+    generate(folder, "small_phantom")
     return folder
 
 
@@ -262,28 +262,27 @@ def test_phantom_lists_and_files(phantom_root):
 # ---------------------------------------------------------------- repeated, refused, interrupted
 
 
-@pytest.mark.parametrize("generate, draw", [(generate_shapes, "draw_shapes"),
-                                            (generate_phantom, "draw_patient")])
+@pytest.mark.parametrize("name, draw, other", [("small", "draw_shapes", "shapes"),
+                                               ("small_phantom", "draw_patient", "phantom")])
 def test_generation_is_deterministic_idempotent_and_refuses_other_folders(
-        root, phantom_root, tmp_path, monkeypatch, generate, draw):
-    folder = root if generate is generate_shapes else phantom_root
+        root, phantom_root, tmp_path, monkeypatch, name, draw, other):
+    folder = root if name == "small" else phantom_root
     before = contents(folder)
-    generate(tmp_path / "again", "small")
+    generate(tmp_path / "again", name)
     assert contents(tmp_path / "again") == before
     monkeypatch.setattr(synthetic, draw, None)  # is not called again
-    generate(folder, "small")
-    name = "shapes" if generate is generate_shapes else "phantom"
+    generate(folder, name)
     with pytest.raises(UserError, match="delete that folder") as error:
-        generate(folder, name)
+        generate(folder, other)
     assert str(folder) in str(error.value)
     monkeypatch.setattr(synthetic, "FORMAT", synthetic.FORMAT + 1)
     with pytest.raises(UserError, match="of this version"):
-        generate(folder, "small")
+        generate(folder, name)
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        generate(tmp_path, "small")
+        generate(tmp_path, name)
     with pytest.raises(UserError, match="cannot write"):
-        generate(tmp_path / "thesis.txt" / "data", "small")
+        generate(tmp_path / "thesis.txt" / "data", name)
     with pytest.raises(KeyError):
         generate(tmp_path / "x", "no such name")
     assert contents(folder) == before and (tmp_path / "thesis.txt").read_text() == "mine"
@@ -302,15 +301,15 @@ def test_an_interruption_leaves_nothing_and_an_empty_folder_is_filled(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(synthetic, "draw_patient", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            generate_phantom(tmp_path / "data", "small")
+            generate(tmp_path / "data", "small_phantom")
     assert list(tmp_path.rglob("*")) == [tmp_path / "data"]
-    generate_phantom(tmp_path / "data", "small")
+    generate(tmp_path / "data", "small_phantom")
     assert len(list((tmp_path / "data" / "volumes").iterdir())) == 20
 
 
 def test_simultaneous_processes_agree(tmp_path):
     context = multiprocessing.get_context("fork")  # spawning would import torch again
-    processes = [context.Process(target=generate_phantom, args=(tmp_path / "data", "small"))
+    processes = [context.Process(target=generate, args=(tmp_path / "data", "small_phantom"))
                  for _ in range(3)]
     for process in processes:
         process.start()
@@ -319,7 +318,7 @@ def test_simultaneous_processes_agree(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert [entry.name for entry in tmp_path.iterdir()] == ["data"]  # no temporary folder is left
     generator = json.loads((tmp_path / "data" / "generator.json").read_text())
-    assert generator["name"] == "small" and generator["dials"]["train"] == 5
+    assert generator["name"] == "small_phantom" and generator["dials"]["train"] == 5
 
 
 # ---------------------------------------------------------------- the shipped encoders

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import (QUICK, are_hard, assert_identical, assert_near, lines_of, on_ranks,
-                      ranks_draw_apart, run_as_program, seeded, sigterm_at, state, sum_of_losses)
+from programs import (QUICK, are_hard, assert_identical, assert_near, assert_same_run, lines_of,
+                      on_ranks, ranks_draw_apart, seeded, sigterm_at, state, sum_of_losses)
 from torch import nn
 
 import usrn
@@ -529,13 +529,6 @@ def test_subclasses_divide_the_label_maps(tmp_path):
 SHORT = [*QUICK, *"--labeled 12 --supervised-iterations 2 --threshold 0.2".split()]
 
 
-@pytest.fixture
-def program(shapes, monkeypatch, capfd, keep_signal_handlers):
-    """Run usrn.py with further options: (exit status, stdout, stderr)."""
-    start = ("usrn.py", monkeypatch, capfd, *SHORT, "--data-root", shapes)
-    return functools.partial(run_as_program, *start)
-
-
 def times(folder) -> dict:
     names = ("supervised/latest.pt", "subclasses/subclasses.json", "latest.pt")
     return {name: (folder / name).stat().st_mtime_ns for name in names}
@@ -565,9 +558,7 @@ def test_three_stages_that_were_stopped_and_that_were_not(program, shapes, tmp_p
         assert state(folder)["iteration"] == stop_at
     before = times(parts)
     assert program("--output", parts)[0] == 0 and changed(parts, before) == {"latest.pt"}
-    for name in ("model", "subclass_model", "optimizer", "schedule", "rng", "iteration"):
-        assert_identical(state(parts)[name], state(whole)[name], name)
-    assert lines_of(parts) == lines
+    assert_same_run(parts, whole)
 
     # F alone is what a checkpoint gives back.
     predict, config, _ = load_predictor(whole / "latest.pt", "cpu")
