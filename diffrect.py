@@ -67,7 +67,7 @@ class Config(VolumeOptions, RunOptions):
     rectify_weight: float | None = option(None, "of rectified labels (there 1), Eq. 13", low=0)
     batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
     channels: int | None = option(None, "of the first level of both networks", low=1)
-    crop: int | None = option(None, "slices are resized to crop x crop, a multiple of 64", low=1)
+    crop: int | None = option(None, "slices are resized to crop x crop", low=64, multiple=64)
     batch_size: int | None = option(None, "labeled slices a step, all GPUs; as many others", low=1)
     iterations: int | None = option(None, "optimizer steps", low=1)
     lr: float | None = option(None, "of both networks; recipes' follow --batch-size", above=0)
@@ -86,7 +86,6 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
         rampup=round(info.rampup * steps), warmup=round(info.warmup * steps), crop=info.crop,
         channels=info.channels, eval_every=200, amp=bf16_is_fast(device), lists=data.digest,
         output=f"runs/diffrect_{data.tag}_{config.seed}")
-    require(config.crop % 64 == 0, f"--crop must be a multiple of 64, not {config.crop}")
     require(config.model == "supervised" or not config.strong_labeled,
             "--strong-labeled needs --model supervised")
     require(config.s2w and config.w2g or config.model == "diffrect" and config.s2w != config.w2g,

@@ -124,14 +124,16 @@ def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
     if name != "folder":
         require(not classes, f"--classes is for --dataset folder; {name} has its own")
         return DATASETS[name]
-    text = classes or ""
-    if os.path.isfile(text):
-        with reading(text):
-            text = Path(text).read_text(encoding="utf-8-sig")
-    lines = [line.strip() for line in re.split("[,\n]", text.strip())]
+    lines = (classes or "").split(",")
+    if classes and os.path.isfile(classes):
+        with reading(classes):
+            lines = Path(classes).read_text(encoding="utf-8-sig").strip().split("\n")
+    lines = [line.strip() for line in lines]
     names = tuple(line for line in lines if not line.startswith(("#", "__ignore__")))  # labelme's
-    require(2 <= len(set(names)) == len(names) <= IGNORE and all(names),
-            f"--classes {classes}: folder needs 2 to {IGNORE} different names: a file, or a,b,c")
+    whole = all(name and "," not in name for name in names)  # a checkpoint joins them by commas
+    require(whole and 2 <= len(set(names)) == len(names) <= IGNORE,
+            f"--classes {classes}: folder needs 2 to {IGNORE} different names without commas: a "
+            f"file with a name a line, or a,b,c")
     return replace(DATASETS[name], classes=names)
 
 
@@ -231,7 +233,7 @@ class Data:
                 "lists": self.digest}
 
 
-def digest_of(lists: list[list[str]]) -> str:
+def digest_of(lists: list) -> str:
     return hashlib.sha256(repr(lists).encode()).hexdigest()[:12]
 
 
@@ -305,6 +307,14 @@ def voc_folder(root: Path) -> Path:
     return next((folder for folder in folders if (folder / "JPEGImages").is_dir()), root)
 
 
+def voc_is_there(folder: Path) -> bool:
+    """Whether VOC is unpacked, to the last mask of its own lists."""
+    ids = folder / "ImageSets" / "Segmentation" / "trainval.txt"
+    masks = [folder / "SegmentationClass" / f"{name}.png"
+             for name in (ids.read_text().split() if ids.is_file() else ())]
+    return (folder / "JPEGImages").is_dir() and all(mask.is_file() for mask in masks)
+
+
 def official_list(name: str, root: Path, split: str) -> list[Sample]:
     """The data set's own "train", "val" or "tune"; [] where it has none for choosing options."""
     if (name, split) in UNPACKED:
@@ -361,11 +371,12 @@ def folder_lists(root: Path) -> tuple[list[Sample], list[Sample]]:
     val = [Sample(val_images[name], val_masks[name]) for name in sorted(val_masks)]
     if not val:  # a fifth: a picture's name decides, now and for ever
         val = [Sample(images[name], masks[name]) for name in sorted(masks)
-               if hashlib.sha256(name.encode()).digest()[0] < 256 / 5]
+               if hashlib.sha256(name.encode(errors="surrogateescape")).digest()[0] < 256 / 5]
         require(bool(val), f"none of the {len(masks)} images/ with masks/ in {root} is of the "
                            f"fifth for validation: add some, or make val_images/ and val_masks/")
     train = [Sample(image, masks.get(name)) for name, image in images.items()]
-    train = [sample for sample in train if sample not in val]
+    held_out = set(val)
+    train = [sample for sample in train if sample not in held_out]
     train += [Sample(image, None) for image in pictures_in(root / "unlabeled").values()]
     require(any(sample.mask for sample in train), f"{root} needs more images/ with masks/")
     return train, val
@@ -404,7 +415,8 @@ def covering_choice(samples: list[Sample], root: Path, num_classes: int, count: 
 def random_split(samples: list[Sample], root: Path, num_classes: int, labeled: str, seed: int):
     """A covering choice, kept as a list: it takes reading every mask."""
     count = images_asked_for(labeled, len(samples))
-    path = root / "splits" / "random" / f"{count}_seed{seed}.txt"
+    pool = digest_of([sample.image for sample in samples])
+    path = root / "splits" / "random" / f"{count}_seed{seed}_{pool}.txt"
     say(f"labeled images: {path}, drawn at random, not a published list")
     if not path.is_file():
         require(all(sample.mask for sample in samples), "--split-seed needs a mask of every image")
@@ -457,7 +469,7 @@ def load_data(options: DataOptions) -> Data:
     with main_first():
         if info.embedded:
             generate(root, name)
-        if name == "pascal" and options.download and not (voc_folder(root) / "JPEGImages").is_dir():
+        if name == "pascal" and options.download and not voc_is_there(voc_folder(root)):
             with reading("the download of PASCAL VOC 2012"):
                 VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
         root = voc_folder(root)
@@ -518,10 +530,18 @@ def check_lists(data: Data) -> None:
 
 def copies_of(evaluated: list[Path], files: list[Path]) -> set[Path]:
     """Those of `files` whose content is that of an evaluated one: a picture under two names."""
-    sizes = {path.stat().st_size for path in evaluated}
-    alike = [path for path in files if path.stat().st_size in sizes]  # the others are not read
-    known = {hashlib.sha256(path.read_bytes()).digest() for path in evaluated if alike}
-    return {path for path in alike if hashlib.sha256(path.read_bytes()).digest() in known}
+    def size(path: Path) -> int:
+        with reading(path):
+            return path.stat().st_size
+
+    def content(path: Path) -> bytes:
+        with reading(path):
+            return hashlib.sha256(path.read_bytes()).digest()
+
+    sizes = {size(path) for path in evaluated}
+    alike = [path for path in files if size(path) in sizes]  # the others are not read
+    known = {content(path) for path in evaluated if alike}
+    return {path for path in alike if content(path) in known}
 
 
 # ---------------------------------------------------------------- reading
@@ -544,8 +564,7 @@ def eight_bits(image: Image.Image, path: Path) -> Image.Image:
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
-    is_short = image.mode != "I" or image.format == "PNG"
-    require(image.mode != "F" and is_short and values.max() >= 16384,
+    require(image.mode.startswith("I;16") and values.max() >= 16384,
             f"{path} holds values from {values.min()} to {values.max()} ({image.mode}), of which "
             f"nobody knows what is white: save it with 8 bits, or 16 of which all are used")
     return Image.fromarray((values // 257).astype(np.uint8))

@@ -30,7 +30,7 @@ from common.augment import IGNORE, normalize
 from common.data import (Data, DataOptions, EvaluationSet, dataset_info, load_data,
                          make_loader)
 from common.figures import plot_calibration, sample_grid
-from common.runtime import (all_reduce_sum, average_buffers, init_distributed, rank,
+from common.runtime import (all_reduce_sum, average_buffers, init_distributed, parse, rank,
                             read_checkpoint, reading, require, run_main, say, world_size,
                             write_json)
 
@@ -227,24 +227,26 @@ def load_predictor(path: str | Path, device: torch.device | str, changes: dict |
 
     The network, normalised images -> logits [B, C, H, W], is what `build_predictor` of the
     method's script makes of the EMA's weights, where there are some. `changes` replaces values
-    of the config. Raises UserError for whatever is wrong with the file or the changes.
+    of the config, checked as on the command line. Raises UserError for whatever is wrong with the
+    file or the changes.
     """
     checkpoint = read_checkpoint(path)
     with reading(path):
-        method, config = checkpoint["method"], {**checkpoint["config"], **(changes or {})}
+        method, config = checkpoint["method"], dict(checkpoint["config"])
         known = sorted(script.stem for script in ROOT.glob("*.py"))
         require(method in known,
                 f"{path} is of the method {method!r}: known are {', '.join(known)}")
+        script = importlib.import_module(method)
         for name, value in (changes or {}).items():
-            require(name in checkpoint["config"], f"{path}: {method} has no option {name!r}")
-            saved = checkpoint["config"][name]
-            kinds = (float, int) if isinstance(saved, float) else (type(saved),)
-            require(saved is None or type(value) in kinds,
-                    f"{path}: {name} is {saved}, not {value!r}")
+            require(name in config, f"{path}: {method} has no option {name!r}")
+            flag, value = name.replace("_", "-"), str(value)
+            flags = {"true": f"--{flag}", "false": f"--no-{flag}"}
+            options = parse(script.Config, argv=[flags.get(value.lower(), f"--{flag}={value}")])
+            config[name] = getattr(options, name)
         info = medical.DATASETS.get(config["dataset"])
         info = info or dataset_info(config["dataset"], config.get("classes"))
         state = checkpoint.get("ema") or checkpoint["model"]
-        network = importlib.import_module(method).build_predictor(config, info.num_classes, state)
+        network = script.build_predictor(config, info.num_classes, state)
     return network.to(device).eval(), config, info
 
 
@@ -254,15 +256,12 @@ def data_options(config: dict, options_class=DataOptions):
     return options_class(**{name: value for name, value in config.items() if name in names})
 
 
-def change(text: str) -> tuple[str, object]:
-    """"steps=1" -> ("steps", 1): a value is read as JSON, or else as text."""
+def change(text: str) -> tuple[str, str]:
+    """"steps=1" -> ("steps", "1")."""
     name, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return name, value
 
 
 # ---------------------------------------------------------------- the table of runs
@@ -273,13 +272,19 @@ COLUMNS = {"miou": "mIoU", "head_miou": "head mIoU", "tail_miou": "tail mIoU", "
 
 
 def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
-    """{row: {"seed0": run folder}} of folder/<row>/seed<k>, as they were last started."""
+    """{row: {"seed0": run folder}} of folder/<row>/seed<k>, as they were last started.
+
+    A run whose scores of the test list are still to come, where others have them, is left out.
+    """
     rows = {}
+    found = [read_json(path) for path in folder.glob("*/seed*/results.json")]
+    tested = {results["method"] for results in found if "test" in results}
     for path in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
         run = path.parent
         with reading(run):
-            last = read_json(run / "results.json").get("last", {})
-            finished = last.get("iteration") == read_json(path)["iterations"]
+            results = read_json(run / "results.json")
+            finished = results.get("last", {}).get("iteration") == read_json(path)["iterations"]
+            finished = finished and (results["method"] not in tested or "test" in results)
         if finished:
             rows.setdefault(run.parent.name, {})[run.name] = run
         else:
@@ -460,7 +465,8 @@ def main() -> None:
     if args.data_root:
         changes["data_root"] = args.data_root
     network, config, info = load_predictor(args.checkpoint, device, changes)
-    results = {"checkpoint": str(args.checkpoint), "split": args.split, "set": changes}
+    results = {"checkpoint": str(args.checkpoint), "split": args.split,
+               "set": {name: config[name] for name in changes}}
     if isinstance(info, medical.VolumeInfo):
         require(not args.mode and not args.figure and args.threshold is None,
                 "--mode, --threshold and --figure are for images, not for volumes")
@@ -468,6 +474,8 @@ def main() -> None:
             files, results["split"] = medical.volumes_in(args.volumes), str(args.volumes)
         else:
             options = data_options(config, medical.VolumeOptions)
+            require(args.split != "unlabeled" or info.unlabeled_truth,
+                    f"{info.name} has no unlabeled volumes with labels")
             data = medical.load_volumes(dataclasses.replace(options, lists=None))
             warn_of_other_lists(config, data.digest)
             files = getattr(data, args.split)

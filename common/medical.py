@@ -124,11 +124,11 @@ def min_max(image: np.ndarray) -> np.ndarray:
     return (image - low) / (high - low) if high > low else np.zeros_like(image)
 
 
-def read_volume(path: Path, num_classes: int = IGNORE) -> Volume:
+def read_volume(path: Path, num_classes: int = IGNORE, with_label: bool = True) -> Volume:
     """The volume of a file, min-max normalised. Raises UserError for what cannot be right."""
     with reading(path), np.load(path, allow_pickle=False) as file:
         image = file["image"].astype(np.float32)
-        label = file["label"] if "label" in file else None
+        label = file["label"] if with_label and "label" in file else None
         spacing = tuple(map(float, file["spacing"])) if "spacing" in file else None
     finite = image.ndim == 3 and image.size > 0 and bool(np.isfinite(image).all())
     require(finite, f"{path}: the image must be finite numbers [Z, H, W], not {image.shape}")
@@ -249,7 +249,7 @@ def read_slices(files: list[VolumeFile], num_classes: int, size: int, with_label
     """(image, label) of every slice, uint8 [size, size]; the label is None unless `with_labels`."""
     pairs = []
     for file in files:
-        volume = read_volume(file.path, num_classes)
+        volume = read_volume(file.path, num_classes, with_labels)
         require(not with_labels or volume.label is not None, f"{file.path} has no label")
         images = resize_slices(volume.image, size)
         labels = resize_labels(volume.label, size) if with_labels else [None] * len(images)

@@ -82,18 +82,18 @@ def predict_picture(predict: Predict, source: Path, targets: list[Path], info: D
     save_png(Image.fromarray(overlay(picture, label, info.palette)), targets[1])
 
 
-def predict_volume(predict: Predict, source: Path, target: Path, size: int,
+def predict_volume(predict: Predict, source: Path, target: Path, info: VolumeInfo, size: int,
                    device: torch.device) -> None:
     require(source.name.lower().endswith(VOLUMES), f"{source} is no volume ({' '.join(VOLUMES)})")
     if source.suffix.lower() != ".npz":
-        predict_nifti(predict, source, target, size, device)
+        predict_nifti(predict, source, target, info, size, device)
         return
     volume = read_volume(source)
     label = segment_volume(predict, volume.image, size, device)
     write_volume(target, dataclasses.replace(volume, label=label))
 
 
-def predict_nifti(predict: Predict, source: Path, target: Path, size: int,
+def predict_nifti(predict: Predict, source: Path, target: Path, info: VolumeInfo, size: int,
                   device: torch.device) -> None:
     """Write labels, uint8, on the grid of the image and with its affine."""
     with reading(source):
@@ -101,9 +101,12 @@ def predict_nifti(predict: Predict, source: Path, target: Path, size: int,
 
         original = nibabel.load(source)
         image = np.asarray(original.dataobj, np.float32)
-        image = turn(image.reshape(image.shape[:3]), original.affine).T  # [Z, Y, X]
-    require(image.ndim == 3 and bool(np.isfinite(image).all()),
-            f"{source} does not hold finite numbers [X, Y, Z]")
+        image = image.reshape(*image.shape[:3], -1)
+        if info.name == "prostate":
+            image = image[..., :1]  # T2, as prepared for training
+        require(image.shape[3:] == (1,) and bool(np.isfinite(image).all()),
+                f"{source} does not hold finite numbers [X, Y, Z] but {list(original.shape)}")
+        image = turn(image[..., 0], original.affine).T  # [Z, Y, X]
     label = segment_volume(predict, min_max(image), size, device)
     with reading(source):  # a damaged header may show only here
         header = original.header.copy()
@@ -136,7 +139,7 @@ def main() -> int:
     for file, targets in output_paths(files, args.output, of_volumes).items():
         try:
             if of_volumes:
-                predict_volume(predict, file, targets[0], crop, device)
+                predict_volume(predict, file, targets[0], info, crop, device)
             else:
                 mode = args.mode or info.evaluation
                 predict_picture(predict, file, targets, info, mode, crop, device)

@@ -208,7 +208,7 @@ def find_files(paths: list[Path], pattern: str) -> dict[str, Path]:
     """{volume: path}. Raises UserError for two files of one volume."""
     found = {}
     for path in paths:
-        match = re.search(f"/{pattern}$", path.as_posix(), re.IGNORECASE)
+        match = re.search(f"(?:^|/){pattern}$", path.as_posix(), re.IGNORECASE)
         if match:
             other = found.setdefault(match[1], path)
             require(other is path, f"{path} and {other} are one volume: keep one of them")
@@ -234,7 +234,7 @@ def read_pair(image_path: Path, label_path: Path, classes: dict[int, int]) -> Vo
 def read_array(path: Path, name: str) -> tuple[np.ndarray, tuple[float, ...] | None]:
     """[Z, Y, X] and its spacing in mm: an HDF5 file's array `name`, or a NIfTI file."""
     with reading(path):
-        if path.suffix == ".h5":
+        if path.suffix.lower() == ".h5":
             import h5py
 
             with h5py.File(path) as file:
@@ -242,7 +242,7 @@ def read_array(path: Path, name: str) -> tuple[np.ndarray, tuple[float, ...] | N
         import nibabel
 
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)  # to its check sum, where nibabel would not look
         image = nibabel.Nifti1Image.from_bytes(content)
         array = np.asarray(image.dataobj)

@@ -47,6 +47,7 @@ def require(condition: bool, message: str) -> None:
 
 def run_main(main) -> None:
     """Call `main()` and exit with its status; a UserError becomes one line and status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
         status = main()
         sys.stdout.flush()
@@ -118,7 +119,8 @@ def complain(line: str) -> None:
 # ---------------------------------------------------------------- options
 
 BOUNDS = {"low": (">=", operator.ge), "high": ("<=", operator.le),
-          "above": (">", operator.gt), "below": ("<", operator.lt)}
+          "above": (">", operator.gt), "below": ("<", operator.lt),
+          "multiple": ("a multiple of", lambda value, of: value % of == 0)}
 
 
 def option(default, help: str, choices: tuple | None = None, **bounds: float):

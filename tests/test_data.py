@@ -89,6 +89,8 @@ def test_names_of_ones_own_classes(tmp_path):
     lines = ["\ufeff__ignore__", "# ours", "_background_", "cat"]
     of_labelme = write(tmp_path / "labels.txt", lines)
     assert dataset_info("folder", str(of_labelme)).classes == ("_background_", "cat")
+    commas = write(tmp_path / "commas.txt", ["sky", "building, edifice", "road"])
+    assert "commas" in error_of(dataset_info, "folder", str(commas))  # not four classes
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00a")
     assert "binary" in error_of(dataset_info, "folder", str(tmp_path / "binary"))
 
@@ -297,8 +299,11 @@ def test_a_random_split(voc, voc_root, capsys):
     others = [load_data(replace(voc, labeled="8/9", split_seed=n)).labeled for n in range(6)]
     assert {len(split) for split in others} == {8} and others[1] == data.labeled
     assert len({tuple(split) for split in others}) > 1
-    kept = voc_root / "splits" / "random" / "8_seed1.txt"
+    (kept,) = (voc_root / "splits" / "random").glob("8_seed1_*.txt")
     assert read_list(kept, voc_root) == data.labeled
+    pool = [name for name in ids(voc_root) if name != data.labeled[0].name]
+    own = replace(options, unlabeled_list=str(write(voc_root / "pool.txt", pool)))
+    assert names(load_data(own).labeled) == pool  # of another pool, other images
     (voc_root / "SegmentationClass" / f"{data.unlabeled[0].name}.png").write_bytes(b"")
     assert load_data(options).labeled == data.labeled  # without reading masks again
     kept.unlink()
@@ -326,6 +331,13 @@ def test_voc_where_its_archive_unpacks(voc, voc_root, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "VOCSegmentation", lambda *_, **__: 1 / 0)
     assert len(load_data(options).labeled) == 3  # once
     assert "PASCAL" in error_of(load_data, replace(options, data_root=str(tmp_path / "newer")))
+    monkeypatch.setattr(module, "VOCSegmentation", lambda *_, **__: mask.write_bytes(content))
+    folder = root / "VOCdevkit" / "VOC2012"
+    write(folder / "ImageSets" / "Segmentation" / "trainval.txt", ids(folder))
+    mask = folder / "SegmentationClass" / f"{ids(folder)[-1]}.png"
+    content = mask.read_bytes()
+    mask.unlink()  # unpacking was interrupted
+    assert len(load_data(options).labeled) == 3 and mask.is_file()
 
 
 def test_masks_in_either_folder(voc, voc_root, tmp_path):
@@ -535,6 +547,8 @@ def test_mistakes_in_ones_own_folder(folder):
     picture(root / "val_masks" / "v.png", np.zeros((9, 9), np.uint8))
     assert names(load_data(folder).val) == ["v"] and len(load_data(folder).labeled) == 10
     assert "images/" in error_of(load_data, replace(folder, data_root=str(root / "masks")))
+    (root / "unlabeled" / "gone.png").symlink_to("nowhere.png")
+    assert "gone.png" in error_of(load_data, folder)
 
 
 # ---------------------------------------------------------------- reading

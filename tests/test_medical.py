@@ -297,8 +297,11 @@ def test_batches_hold_slices_and_their_labels(data):
 
 def test_truth_of_unlabeled_slices_is_read_only_where_it_is_allowed(data, tmp_path):
     data.unlabeled = [write_slices(tmp_path / f"u{n}.npz", [0, 3, 2, 1]) for n in range(3)]
+    with np.load(data.unlabeled[0].path) as stored:
+        np.savez(data.unlabeled[0].path, image=stored["image"], label=stored["label"] + 9)
     hidden = batches(data)
     assert all("truth" not in batch for batch in hidden)  # it is there, and yet not handed on
+    write_slices(tmp_path / "u0.npz", [0, 3, 2, 1])
     allowed = replace(data, info=DATASETS["phantom"])
     for batch, without in zip(batches(allowed), hidden):
         truth, valid = batch.pop("truth"), batch["valid"]

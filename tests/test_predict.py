@@ -232,6 +232,19 @@ def test_unreadable_volumes_are_reported_and_the_others_written(for_volumes, com
     assert [path.name for path in out.iterdir()] == ["SHOUTED.NPZ"]
 
 
+def test_the_first_channel_of_prostate_counts(for_volumes, command, tmp_path, monkeypatch):
+    nibabel = pytest.importorskip("nibabel", reason="reads NIfTI files, which needs nibabel")
+    network, config, info = predict.load_predictor()
+    loaded = network, config, replace(info, name="prostate")
+    monkeypatch.setattr(predict, "load_predictor", lambda *arguments: loaded)
+    for name, channels in (("a", [blobs().T]), ("b", [blobs().T, 1000 - blobs().T])):
+        volume = nibabel.Nifti1Image(np.stack(channels, axis=3), np.eye(4))
+        nibabel.save(volume, tmp_path / f"{name}.nii")
+        assert command("--output", tmp_path / "out", tmp_path / f"{name}.nii")[0] == 0
+    a, b = (np.asarray(nibabel.load(tmp_path / "out" / f"{name}.nii").dataobj) for name in "ab")
+    assert np.array_equal(a, b) and a.any()
+
+
 def test_labels_go_back_to_the_axes_of_the_file(for_volumes, command, tmp_path, monkeypatch):
     nibabel = pytest.importorskip("nibabel", reason="reads NIfTI files, which needs nibabel")
     array, shown = blobs().T, []  # [X, Y, Z]
