@@ -252,7 +252,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     if "truth" in views:  # for the log only
         known = weight * (views["truth"] != IGNORE)
         right = known * (pseudo_label == views["truth"])
-        terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
+        terms["used_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
     return loss, terms
 
 

@@ -38,7 +38,7 @@ from common.evaluate import evaluate, write_sample_grid, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, init_distributed, mean_over_ranks, neighbour, option,
-                            parse, run_main, with_defaults)
+                            parse, require, run_main, with_defaults)
 
 
 @dataclass
@@ -378,6 +378,7 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
     z_labeled, z_weak = z.split(size)
 
     pseudo = pseudo_labels(model, z_weak, views["valid"], config)
+    torch.clear_autocast_cache()  # older PyTorch would use casts again that have no gradient
     partner = neighbour(pseudo)
     truth = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # all are used
     targets = [truth] if single_view else [truth, pseudo]
@@ -410,7 +411,7 @@ def describe(pseudo: Tensor, views: dict, prior: ClassPrior, classes: tuple) -> 
         truth = maps["true"] = views["truth"].long()
         known = (used != IGNORE) & (truth != IGNORE)
         right = known & (used == truth)
-        terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
+        terms["used_accuracy"] = right.sum() / known.sum()  # nan, and so left out, where none is
     shares = {kind: class_counts(map_, len(classes)) / pixels for kind, map_ in maps.items()}
     for kind, values in {**shares, "prior": prior.pseudo_labels}.items():
         terms |= {f"{kind} {name}": value for name, value in zip(classes, values)}
@@ -422,6 +423,8 @@ def describe(pseudo: Tensor, views: dict, prior: ClassPrior, classes: tuple) -> 
 
 def train(config: Config) -> None:
     rank, world_size, device = init_distributed(config.device)
+    require(config.encoding == "embedding" or not config.mask_channels,
+            "--mask-channels is for --encoding embedding; bits have their own number")
     data = load_data(config)
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs))
     config = with_defaults(config, mask_channels=32 if config.backbone == "tiny" else 256,

@@ -336,7 +336,6 @@ def train(config: Config) -> None:
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
     start = checkpoint.load()
     log = Log(checkpoint, start, 2 * config.batch_size)
-    lowest = torch.inf
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, True, config.num_workers)
 
@@ -378,11 +377,10 @@ def train(config: Config) -> None:
         if "truth" in views:  # for the log only
             known = used * (views["truth"] != IGNORE)
             right = known * (pseudo_label == views["truth"])
-            terms["used_accuracy"] = right.sum() / known.sum().clamp(min=1)
+            terms["used_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
         if means := log.step(step, terms):
             log.write(step, means)
-            lowest = min(lowest, means["loss_sup"])
-            collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * lowest
+            collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)
             require(not (pareto and collapsed), COLLAPSED)
         milestones.after(step)  # saves, leaves when told to, evaluates
 

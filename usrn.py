@@ -260,7 +260,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         for name, label, chosen in (*labels, ("vetoed", own_label, vetoed)):
             known = chosen & (truth != IGNORE)
             right = known & (label == truth)
-            terms[f"{name}_accuracy"] = right.sum() / known.sum().clamp(min=1)
+            terms[f"{name}_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
     return loss, {"loss": loss, **terms}
 
 

@@ -370,14 +370,14 @@ def checkpoint_activations(model: nn.Module) -> None:
     kinds = (Bottleneck, InvertedResidual, ResidualBlock, XceptionBlock, TransformerBlock)
     for block in model.modules():
         if isinstance(block, kinds):
-            forward = partial(type(block).forward, block)
-            contexts = partial(forward_and_recomputation, block)
-            block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts,
-                                    preserve_rng_state=False)
+            block.forward = partial(checkpointed, block)
 
 
-def forward_and_recomputation(block: nn.Module) -> tuple:
-    return nullcontext(), KeepStatistics(block)
+def checkpointed(block: nn.Module, *inputs: Tensor) -> Tensor:
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if not torch.compiler.is_compiling():  # a compiled block writes its statistics once by itself
+        options["context_fn"] = lambda: (nullcontext(), KeepStatistics(block))
+    return checkpoint(partial(type(block).forward, block), *inputs, **options)
 
 
 class KeepStatistics:

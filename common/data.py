@@ -748,8 +748,9 @@ def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: in
     """
     sizes = [len(data.labeled), len(data.unlabeled)] if unlabeled else [len(data.labeled)]
     batches = TrainingBatches(sizes, batch_size, seed, start, total)
-    require(batches.per_rank * len(sizes) > 1, f"--batch-size {batch_size} leaves one image a "
-                                               f"rank: batch norm needs two")
+    synchronised = device.type == "cuda" and world_size() > 1  # batch norm
+    require(batches.per_rank * len(sizes) > 1 or synchronised,
+            f"--batch-size {batch_size} leaves one image a rank: batch norm needs two")
     check_labels(data)
     return make_loader(TrainingSet(data, crop, seed), device, num_workers, batch_sampler=batches,
                        collate_fn=collate_training)

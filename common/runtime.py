@@ -18,6 +18,7 @@ import re
 import select
 import signal
 import socket
+import statistics
 import sys
 import time
 import types
@@ -584,10 +585,9 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
-        if rank() == 0:
-            keep_lines_until(self.folder / "metrics.jsonl", start)
+        kept = keep_lines_until(self.folder / "metrics.jsonl", start)
+        self.on_labels = [line["loss_sup"] for line in kept if "loss_sup" in line]
         self.since, self.steps = time.monotonic(), 0  # for the speed
-        self.on_labels, self.lowest = [], math.inf  # loss_sup since the last line shown; its lowest
 
     def step(self, step: int, scalars: dict[str, Tensor]) -> dict[str, float] | None:
         """Note 0-d tensors; every `every` steps their means over steps and ranks.
@@ -617,14 +617,15 @@ class Log:
         images = round(speed * self.images_per_step, 2)
         self.append(step, {**line, "images_per_second": images})
         minutes, seconds = divmod(round((self.total - step) / speed), 60)
-        self.on_labels.append(line.get("loss_sup", math.nan))
+        if "loss_sup" in line:
+            self.on_labels.append(line["loss_sup"])
         if step % (5 * self.every) == 0:
-            mean = sum(self.on_labels) / len(self.on_labels)
-            self.on_labels, self.lowest = [], min(self.lowest, mean)
-            running_away = mean > 3 * self.lowest  # wrong pseudo labels can do that
+            fives = [statistics.fmean(self.on_labels[first : first + 5])
+                     for first in range(0, len(self.on_labels), 5)] or [0.0]
+            running_away = fives[-1] > 3 * min(fives)  # wrong pseudo labels can do that
             say(f"{step}/{self.total}  loss {line['loss']:.4f}  {images:.1f} images/s  "
                 f"{minutes}:{seconds:02} left"
-                + running_away * f"  LOSS ON LABELS {mean:.2f}, WAS {self.lowest:.2f}")
+                + running_away * f"  LOSS ON LABELS {fives[-1]:.2f}, WAS {min(fives):.2f}")
 
     def append(self, step: int, line: dict) -> None:
         if rank() > 0:
@@ -666,11 +667,14 @@ class Log:
             write_json(self.folder / "results.json", {**self.results, **more})
 
 
-def keep_lines_until(path: Path, iteration: int) -> None:
+def keep_lines_until(path: Path, iteration: int) -> list[dict]:
     """Drop lines of steps that will be made again, and one that a kill cut off."""
-    kept = []
+    kept = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line)
-    write_lines(path, kept)
+            content = json.loads(line)
+            if content["iteration"] <= iteration:
+                kept[line] = content
+    if rank() == 0:
+        write_lines(path, kept)
+    return list(kept.values())

@@ -753,6 +753,13 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
         assert same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
 
 
+def test_one_image_a_rank_is_enough_for_synchronised_batch_norm(voc, monkeypatch):
+    monkeypatch.setattr(module, "world_size", lambda: 4)
+    arguments = load_data(voc), 49, 4, 0, 0, 5
+    assert "batch norm" in error_of(training_loader, *arguments, CPU, False)
+    training_loader(*arguments, torch.device("cuda"), False, num_workers=0)
+
+
 def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_path, monkeypatch):
     monkeypatch.setitem(DATASETS, "pascal", replace(DATASETS["pascal"], unlabeled_truth=True))
     (batch,) = batches_of(load_data(voc), total=1)

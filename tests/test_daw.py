@@ -232,7 +232,7 @@ def test_a_step_equals_plain_loops(weighting, align, num_views, ohem):
 def test_nothing_confident_nothing_labeled_nothing_valid():
     views, network, statistics = draw_views(2), Playback(), settled_statistics()
     loss, terms = daw.daw_loss(network, views, settled_statistics(), "fixed", 0.9999, True, 0.0)
-    assert terms["used"] == terms["loss_unsup"] == terms["used_accuracy"] == 0 < loss
+    assert terms["used"] == terms["loss_unsup"] == 0 < loss and terms["used_accuracy"].isnan()
     views["label"], views["valid"] = views["label"] | IGNORE, views["valid"] & False
     loss, _ = daw.daw_loss(network, views, statistics, "daw", 0.95, True, 0.0)
     loss.backward()

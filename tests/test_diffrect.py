@@ -506,9 +506,13 @@ def test_the_checkpoint_is_scored_as_in_training(trained, hearts):
 
 def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
     config = {"iterations": 200, "log_every": 2, "eval_every": 100, "tensorboard": False}
-    log = runtime.Log(runtime.Checkpoint(tmp_path, "diffrect", config, {}), 0, 1, metric="dice")
+    checkpoint = runtime.Checkpoint(tmp_path, "diffrect", config, {})
+    log = runtime.Log(checkpoint, 0, 1, metric="dice")
     log.steps = 50  # for the speed
     for step in range(2, 102, 2):  # noise of 60 % until 60
+        if step == 82:  # a restart forgets nothing
+            log = runtime.Log(checkpoint, 80, 1, metric="dice")
+            log.steps = 50
         loss = 0.1 * (1 + 0.6 * (-1) ** (step // 2)) if step <= 60 else 0.6
         log.write(step, {"loss": 9.0, "loss_sup": loss})
     shown = capsys.readouterr().out.splitlines()
