@@ -285,7 +285,7 @@ def train(config: Config) -> None:
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.checkpoint_activations:
-        checkpoint_activations(model)
+        checkpoint_activations(model, config.compile)
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
     if world_size > 1:

@@ -252,7 +252,7 @@ class LabelEncoding(nn.Module):
         super().__init__()
         self.num_classes, self.scale = num_classes, scale
         if kind == "embedding" or channels == 0:  # Algorithm 2
-            self.embedding = nn.Parameter(torch.randn(num_classes + 1, channels))
+            self.embedding = nn.Parameter(torch.randn(num_classes + 1, channels), channels > 0)
         else:  # Section 3.4: the class's binary digits, as +-inf, whose sigmoid is 1 or 0
             digits = torch.arange(math.ceil(math.log2(num_classes + 1)))
             bits = torch.arange(num_classes + 1)[:, None] >> digits & 1
@@ -439,7 +439,7 @@ def train(config: Config) -> None:
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.checkpoint_activations:
-        checkpoint_activations(model)
+        checkpoint_activations(model, config.compile)
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
     if world_size > 1:

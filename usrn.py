@@ -524,7 +524,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     if world_size() > 1 and device.type == "cuda":
         both = nn.SyncBatchNorm.convert_sync_batchnorm(both)
     if config.checkpoint_activations:
-        checkpoint_activations(both)
+        checkpoint_activations(both, config.compile)
     both.to(device, memory_format=torch.channels_last)
     network = torch.compile(both) if config.compile else both
     if world_size() > 1:

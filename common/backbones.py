@@ -365,19 +365,20 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], what: str) -> nn.M
 # ---------------------------------------------------------------- --checkpoint-activations
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module, compiled: bool = False) -> None:
     """Keep of each block only its input for the backward pass, which computes the rest again."""
+    require(not compiled, "--compile and --checkpoint-activations do not go together")
     kinds = (Bottleneck, InvertedResidual, ResidualBlock, XceptionBlock, TransformerBlock)
     for block in model.modules():
         if isinstance(block, kinds):
-            block.forward = partial(checkpointed, block)
+            forward = partial(type(block).forward, block)
+            contexts = partial(forward_and_recomputation, block)
+            block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts,
+                                    preserve_rng_state=False)
 
 
-def checkpointed(block: nn.Module, *inputs: Tensor) -> Tensor:
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    if not torch.compiler.is_compiling():  # a compiled block writes its statistics once by itself
-        options["context_fn"] = lambda: (nullcontext(), KeepStatistics(block))
-    return checkpoint(partial(type(block).forward, block), *inputs, **options)
+def forward_and_recomputation(block: nn.Module) -> tuple:
+    return nullcontext(), KeepStatistics(block)
 
 
 class KeepStatistics:

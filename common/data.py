@@ -732,7 +732,8 @@ def make_loader(dataset: Dataset, device: torch.device, num_workers: int | None,
     workers = default_workers(device) if num_workers is None else num_workers
     if workers and os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free >> 20  # through which workers send batches
-        if free < 60 * workers:  # where it is too small, they wait for ever
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine
+        if free < 60 * workers * ranks:  # where it is too small, they wait for ever
             say(f"loading without workers, as /dev/shm has {free} MB left (Docker: --shm-size 8g)")
             workers = 0
     # A loader draws a seed when it starts: from its own generator, not from training's.

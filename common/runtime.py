@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import time
+import traceback
 import types
 import typing
 import zipfile
@@ -52,6 +53,10 @@ def run_main(main) -> None:
     try:
         status = main()
         sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as leaving:
+        status = leaving.code
     except UserError as error:
         # From a loader worker it arrives with a traceback around it; the last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
@@ -70,13 +75,12 @@ def run_main(main) -> None:
             raise error
     except Exception as error:
         line = explain(error)
-        if line is None:
+        if line is None and not dist.is_initialized():
             raise
-        complain(f"error: {line}")
+        complain(f"error: {line}") if line else traceback.print_exc()
         status = 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # the others may wait for this rank, and NCCL's clean end for them
+        os._exit(status)
     sys.exit(status)
 
 
@@ -402,6 +406,11 @@ class Checkpoint:
                 iteration = checkpoint["iteration"]
                 self.restore_rng(checkpoint["rng"], iteration)
             say(f"resuming {self.folder} at iteration {iteration}")
+        iterations = [iteration] * world_size()
+        if dist.is_initialized():
+            dist.all_gather_object(iterations, iteration)
+        require(len(set(iterations)) == 1, f"ranks go on from iterations {iterations}: "
+                                           f"{self.folder} must be one folder for all nodes")
         if rank() == 0:
             write_json(self.folder / "config.json", {"method": self.method, **self.config})
         return iteration
@@ -416,8 +425,10 @@ class Checkpoint:
 
             try:
                 fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 raise UserError(f"{self.folder} is in use by {path.read_text()}") from None
+            except OSError as error:  # file systems without locks
+                say(f"{self.folder} cannot be locked ({error.strerror}): start one run in it only")
         self.lock_file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=self.lock_file,
               flush=True)
@@ -584,7 +595,7 @@ class Log:
         if config["tensorboard"] and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10)
         kept = keep_lines_until(self.folder / "metrics.jsonl", start)
         self.on_labels = [line["loss_sup"] for line in kept if "loss_sup" in line]
         self.since, self.steps = time.monotonic(), 0  # for the speed

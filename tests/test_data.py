@@ -726,6 +726,9 @@ def test_without_shared_memory_there_are_no_workers(voc, monkeypatch, capsys):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
         assert make_loader(EvaluationSet(data.val, data.root, 21), CPU, 1).num_workers == workers
     assert "--shm-size" in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert make_loader(EvaluationSet(data.val, data.root, 21), CPU, 1).num_workers == 0
 
 
 def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):

@@ -216,7 +216,9 @@ def test_every_parameter_is_optimised_once_and_learns(model):
     z, _ = model(draw(25, 4, 3, 32, 40).float(), perturb=2)
     y_t = model.encode(torch.arange(4 * 16 * 20).view(4, 16, 20) % 5)
     model(denoise=(z, y_t, torch.rand(4))).square().mean().backward()
-    assert all(weight.grad.any() for weight in model.parameters() if weight.numel())
+    for weight in model.parameters():  # CUDA's kernel for no columns writes where nothing is
+        assert weight.requires_grad == (weight.numel() > 0) == (weight.grad is not None)
+        assert weight.grad is None or weight.grad.any()
 
 
 def test_every_parameter_learns_in_bf16(model):

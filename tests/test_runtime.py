@@ -1,5 +1,7 @@
 """common/runtime.py in one process and in two forked ranks; test_programs.py runs the programs."""
 
+import errno
+import fcntl
 import json
 import math
 import multiprocessing
@@ -427,7 +429,7 @@ def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(tmp_path, capsys
     assert rates == pytest.approx(expected)
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path):
+def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
     first = Run(tmp_path / "run")
 
     def second() -> None:  # locks are between processes
@@ -438,6 +440,21 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     process.start()
     process.join(30)
     assert process.exitcode == 0
+
+    def unsupported(file, flags):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)  # as on some network file systems
+    assert Run(tmp_path / "other").first == 0 and "not implemented" in capsys.readouterr().out
+
+
+def test_nodes_without_a_shared_folder_are_refused(tmp_path):
+    def work(rank: int) -> str:
+        Run(tmp_path / str(rank)).train(until=5)
+        return error_of(Run, tmp_path / str(rank))
+
+    for line in on_ranks(work, tmp_path):
+        assert "iterations [5, 0]" in line and "one folder" in line
 
 
 def test_a_full_disk_is_one_line(tmp_path):
