@@ -281,10 +281,9 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
     tested = {results["method"] for results in found if "test" in results}
     for path in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
         run = path.parent
-        with reading(run):
-            results = read_json(run / "results.json")
-            finished = results.get("last", {}).get("iteration") == read_json(path)["iterations"]
-            finished = finished and (results["method"] not in tested or "test" in results)
+        results = read_json(run / "results.json")
+        finished = results.get("last", {}).get("iteration") == read_json(path)["iterations"]
+        finished = finished and (results["method"] not in tested or "test" in results)
         if finished:
             rows.setdefault(run.parent.name, {})[run.name] = run
         else:
@@ -297,7 +296,8 @@ def require_runs(found: bool, folders: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    with reading(path):
+        return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def markdown(lines: list[list[str]]) -> str:

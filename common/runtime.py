@@ -80,7 +80,7 @@ def run_main(main) -> None:
         complain(f"error: {line}") if line else traceback.print_exc()
         status = 1
     if dist.is_initialized():  # the others may wait for this rank, and NCCL's clean end for them
-        os._exit(status)
+        os._exit(status or 0)
     sys.exit(status)
 
 
