@@ -233,7 +233,7 @@ class Data:
                 "lists": self.digest}
 
 
-def digest_of(lists: list) -> str:
+def digest_of(lists: list[list[str]]) -> str:
     return hashlib.sha256(repr(lists).encode()).hexdigest()[:12]
 
 
@@ -310,9 +310,8 @@ def voc_folder(root: Path) -> Path:
 def voc_is_there(folder: Path) -> bool:
     """Whether VOC is unpacked, to the last mask of its own lists."""
     ids = folder / "ImageSets" / "Segmentation" / "trainval.txt"
-    masks = [folder / "SegmentationClass" / f"{name}.png"
-             for name in (ids.read_text().split() if ids.is_file() else ())]
-    return (folder / "JPEGImages").is_dir() and all(mask.is_file() for mask in masks)
+    listed = {f"{name}.png" for name in (ids.read_text().split() if ids.is_file() else ())}
+    return (folder / "JPEGImages").is_dir() and listed <= names_in(folder / "SegmentationClass")
 
 
 def official_list(name: str, root: Path, split: str) -> list[Sample]:
@@ -415,7 +414,7 @@ def covering_choice(samples: list[Sample], root: Path, num_classes: int, count: 
 def random_split(samples: list[Sample], root: Path, num_classes: int, labeled: str, seed: int):
     """A covering choice, kept as a list: it takes reading every mask."""
     count = images_asked_for(labeled, len(samples))
-    pool = digest_of([sample.image for sample in samples])
+    pool = digest_of([[sample.image for sample in samples]])
     path = root / "splits" / "random" / f"{count}_seed{seed}_{pool}.txt"
     say(f"labeled images: {path}, drawn at random, not a published list")
     if not path.is_file():
@@ -472,6 +471,7 @@ def load_data(options: DataOptions) -> Data:
         if name == "pascal" and options.download and not voc_is_there(voc_folder(root)):
             with reading("the download of PASCAL VOC 2012"):
                 VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+            names_in.cache_clear()
         root = voc_folder(root)
         if name == "folder":
             (train, val), tune = folder_lists(root), []

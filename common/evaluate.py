@@ -276,15 +276,14 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
 
     A run whose scores of the test list are still to come, where others have them, is left out.
     """
+    configs = sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime)
+    found = {path: read_json(path.with_name("results.json")) for path in configs}
+    tested = {results["method"] for results in found.values() if "test" in results}
     rows = {}
-    found = [read_json(path) for path in folder.glob("*/seed*/results.json")]
-    tested = {results["method"] for results in found if "test" in results}
-    for path in sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime):
-        run = path.parent
-        results = read_json(run / "results.json")
-        finished = results.get("last", {}).get("iteration") == read_json(path)["iterations"]
-        finished = finished and (results["method"] not in tested or "test" in results)
-        if finished:
+    for path, results in found.items():
+        run, last = path.parent, results.get("last", {})
+        finished = last.get("iteration") == read_json(path)["iterations"]
+        if finished and (results["method"] not in tested or "test" in results):
             rows.setdefault(run.parent.name, {})[run.name] = run
         else:
             print(f"not finished, left out: {run}", file=sys.stderr)

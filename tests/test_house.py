@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lines; the plan was 450, 510 and 530 for pos_meo, usrn and diffrect, 2,600 for common/, 5,000 for
 # the product and 7,000 for the tests, whose limits here are what there is.
 METHODS = {"daw": 347, "pos_meo": 445, "diffmatch": 495, "usrn": 595, "diffrect": 556}
-COMMON_LINES = 4_714  # of common/*.py together
-PRODUCT_LINES = 7_152  # of both
+COMMON_LINES = 4_713  # of common/*.py together
+PRODUCT_LINES = 7_151  # of both
 TEST_LINES = 8_353
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
