@@ -11,6 +11,7 @@ of all steps f(p) = 1[p >= t], the one at t*, where g+ overtakes g-, minimises t
     Eq. 5, 6    their means and variances, EMA      confidence_sums, Statistics
     Eq. 7-9     E1, E2                              tradeoff
     Eq. 10, 11  t*                                  optimal_threshold
+    Table 1     f(p)                                pseudo_label_weight
     Eq. 12      distribution alignment              class_sums, Statistics, align_distribution
     Eq. 13      L_u of a step, aligned labels       daw_loss
 
@@ -91,14 +92,14 @@ def optimal_threshold(mu_pos, var_pos, mu_neg, var_neg, num_classes: int) -> Ten
     crossing = torch.where(beta_2 > 0, -2 * beta_3 / (beta_2 + root),
                            (root - beta_2) / (2 * beta_1))
     inside = (crossing >= low) & (crossing <= 1)  # False for nan: equal Gaussians
-    # Where g+ never overtakes g-, no step beats all labels and none, E1 + E2 = 1 for both: use all.
-    return torch.where(inside, crossing, torch.full_like(crossing, low))
+    # Where g+ never overtakes g-, every step has E1 + E2 >= 1, and 1/C, all labels, has 1.
+    return torch.where(inside, crossing, low)
 
 
 def tradeoff(weight, mu_pos, var_pos, mu_neg, var_neg, num_classes: int) -> tuple[float, float]:
     """(E1, E2) of Eq. 7, 8 for `weight`: confidences [n] -> weights [n] in [0, 1]."""
     edges = torch.linspace(1 / num_classes, 1, 20001, dtype=torch.float64)
-    weights = torch.as_tensor(weight((edges[1:] + edges[:-1]) / 2), dtype=torch.float64)
+    weights = weight((edges[1:] + edges[:-1]) / 2)
 
     def expectation(mean: float, variance: float) -> float:
         mass = gaussian_mass(edges[:-1], edges[1:], mean, math.sqrt(variance))
@@ -114,7 +115,8 @@ def align_distribution(probs: Tensor, labeled_mean: Tensor, unlabeled_mean: Tens
 
 
 def pseudo_label_weight(confidence: Tensor, weighting: str, threshold) -> Tensor:
-    """f(p) of Table 1, in [0, 1]; threshold: t* for daw."""
+    """f(p) of Table 1, in [0, 1]. none: Pseudo-Label; power: AEL; fixed: FixMatch, UniMatch; daw:
+    with t* as the threshold."""
     if weighting == "none":
         return torch.ones_like(confidence)
     if weighting == "power":
@@ -166,7 +168,8 @@ class Statistics(nn.Module):
         mean = mean_sum / images.clamp(min=1)  # Eq. 5, of the images that have such pixels
         variance = (square_sum / images.clamp(min=1) - mean**2).clamp(min=0)
         variance = variance * pixels / (pixels - 1).clamp(min=1)  # unbiased, Eq. 6
-        enough, counted = pixels >= 10, sums[:, -1:]  # fewer say nothing about a distribution
+        enough = pixels >= 10  # fewer say nothing about a distribution: it stays
+        counted = sums[:, -1:]
         class_mean = sums[:, 4:-1] / counted.clamp(min=1)
         for old, new, known in ((self.mean, mean, enough), (self.variance, variance, enough),
                                 (self.class_mean, class_mean, counted > 0)):
@@ -195,6 +198,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
+    # DDP takes the mean over ranks: divided so, that of the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -220,12 +224,13 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
              align: bool, ohem: float, num_views: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
     """A step, (L_s + L_u) / 2 of Eq. 1 and 13, and terms for the log. Updates the statistics.
 
-    views: see `make_views`. threshold: of "fixed"; "daw" takes t*.
+    views: see `make_views`. threshold: of "fixed"; "daw" takes t*. Pseudo labels are the network's
+    own, in training mode: labeled and weak images share batch statistics.
     """
     size, images = len(views["weak"]), torch.cat([views["labeled"], views["weak"]])
     if num_views == 1:  # FixMatch, Pseudo-Label
         logits, logits_strong = network(images), network(views["strong_1"])
-    else:
+    else:  # of the weak ones also with half of the channels dropped
         logits, logits_perturbed = network(images, perturb=size)
         logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]))
     logits_labeled, logits_weak = logits.split([len(views["labeled"]), size])
@@ -252,7 +257,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     if "truth" in views:  # for the log only
         known = weight * (views["truth"] != IGNORE)
         right = known * (pseudo_label == views["truth"])
-        terms["used_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
+        terms["used_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
     return loss, terms
 
 

@@ -46,18 +46,18 @@ class Config(DataOptions, RunOptions):
     """What touches learning; None: as the data set's recipe in common/data.py has it."""
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
-    encoding: str = option("embedding", "of labels (Algorithm 2)", choices=("embedding", "bits"))
+    encoding: str = option("embedding", "of labels (Algorithm 2; bits: 3.4)", choices=("embedding", "bits"))
     mask_channels: int | None = option(None, "0: no mask (256, Alg. 3; tiny: 32)", low=0)
-    mask_start: str = option("zero", "of f's weights for y_t", choices=("zero", "ddp"))
+    mask_start: str = option("zero", "of f's weights for y_t, ours", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
     tau: float = option(0.1, "weight of the adjustment, Eq. 9 (Table 9); 0: none", low=0)
-    adjustment: str = option("scaled", "f / (C p) of Eq. 9", choices=("scaled", "printed"))
+    adjustment: str = option("scaled", "f / (C p) of Eq. 9, ours", choices=("scaled", "printed"))
     prior_momentum: float = option(0.99, "of the class prior of pseudo labels", low=0, below=1)
     threshold: float | None = option(None, "of pseudo labels; not the paper's", low=0, below=1)
     pseudo_steps: int = option(1, "denoising steps of a pseudo label", low=1)
     steps: int = option(3, "denoising steps at inference (Table 5)", low=1)
     time_difference: int = option(1, "td of Algorithm 3: by so many steps y_t is less noisy", low=0)
-    feedback: str = option("own", "of a step to the next", choices=("own", "softmax", "nothing"))
+    feedback: str = option("own", "of a step (Algorithm 3)", choices=("own", "softmax", "nothing"))
     noise_seed: int = option(0, "of the noise that inference starts from", low=0)
     single_view: bool = option(False, "one strong view, as in Eq. 6, not UniMatch's three")
     cutmix: bool = option(True, "CutMix between strong views, UniMatch's")
@@ -70,7 +70,8 @@ class Config(DataOptions, RunOptions):
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
-    ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
+    ohem: float | None = option(None, "OHEM's threshold, not the paper's; 15.6 % count anyway",
+                                low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
@@ -225,6 +226,7 @@ class MaskDenoiser(nn.Module):
         super().__init__()
         self.fuse = nn.Linear(mask_channels + channels, channels)  # a 1x1 convolution
         nn.init.kaiming_normal_(self.fuse.weight, mode="fan_out")  # as Ji et al.
+        nn.init.zeros_(self.fuse.bias)
         if mask_start == "zero":  # ours: otherwise noise is added to z from the first step on
             self.fuse.weight.data[:, :mask_channels] = 0
         wide = 4 * channels
@@ -270,7 +272,7 @@ class LabelEncoding(nn.Module):
 
 class DiffMatch(nn.Module):
     """forward(images [B, 3, H, W]): g -> z [B, D, H/4, W/4]; with perturb=k also z of the last k
-    images, whose encoder's features lose channels. forward(denoise=(z, y_t, t)): f -> logits
+    images without half of the encoder's channels, decoded beside the others. forward(denoise=(z, y_t, t)): f -> logits
     [B, C, H/4, W/4]; a second forward of one module, as DDP sees only such calls."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
@@ -353,9 +355,9 @@ def downsample(label: Tensor, size: torch.Size) -> Tensor:
 
 def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, config: Config,
               ohem: float = 0.0) -> Tensor:
-    """Eq. 10, 11 of one view, whose L2 loss is the cross entropy (Section 3.4), besides Eq. 9's:
-    logits [B, C, H, W], prior [C], t [B]; target [B, 2, H, W]: labels as of `pseudo_labels`. Sums
-    of cross entropy of the second, by OHEM its hard pixels, and of Eq. 9 of the first, / pixels."""
+    """Eq. 10, 11 of one view: cross entropy, in place of L2 (Section 3.4), of used pixels, or of the
+    hard ones by OHEM, and Eq. 9 of known pixels; their sum by the known pixels of the global batch.
+    logits [B, C, H, W], target [B, 2, H, W]: known and used labels, prior [C], t [B]."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
     loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, used, ohem) if ohem else loss.sum()
@@ -370,7 +372,8 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
     size, single_view = len(views["weak"]), len(names) == 1
     images = torch.cat([views["labeled"], views["weak"]])
     strong = torch.cat([views[name] for name in names])
-    if single_view:  # as in the paper, channels are dropped in the strong view itself
+    if single_view:  # as in the paper, channels are dropped in the strong view itself; decoded
+        # beside the whole one, for batch statistics as with three views
         z, (_, z_strong) = network(images), network(strong, perturb=size)
     else:  # UniMatch's three views: perturbed features of the weak one, two strong ones
         z, z_perturbed = network(images, perturb=size)
@@ -411,7 +414,7 @@ def describe(pseudo: Tensor, views: dict, prior: ClassPrior, classes: tuple) -> 
         truth = maps["true"] = views["truth"].long()
         known = (used != IGNORE) & (truth != IGNORE)
         right = known & (used == truth)
-        terms["used_accuracy"] = right.sum() / known.sum()  # nan, and so left out, where none is
+        terms["used_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
     shares = {kind: class_counts(map_, len(classes)) / pixels for kind, map_ in maps.items()}
     for kind, values in {**shares, "prior": prior.pseudo_labels}.items():
         terms |= {f"{kind} {name}": value for name, value in zip(classes, values)}
@@ -477,11 +480,13 @@ def train(config: Config) -> None:
 
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
+    sampler.eval()
     write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict | None = None) -> Sampler:
     """images -> logits: what training evaluates or, of a checkpoint's state, common.evaluate."""
+    require(not config["discriminative"] or config["steps"] == 1, "--discriminative has one step")
     weights = random_weights_like(state) if state else config["weights"]
     options = ("layers", "encoding", "mask_channels", "mask_start", "scale")
     model = DiffMatch(config["backbone"], num_classes, weights, *map(config.get, options))

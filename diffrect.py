@@ -15,8 +15,8 @@ into better ones, which the U-Net learns from. Only the U-Net is used afterwards
     Eq. 8-11      S2W and W2G, losses of latents         Denoiser, Rectifier.forward
     Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
 Not as printed, but as released: the denoiser predicts the clean latent, and variances are fixed;
-Eq. 9, 11 are mean squares, whose targets have no gradient; pseudo labels' weight rises, rectified
-ones are used after a warm-up.
+Eq. 9, 11 are mean squares, whose targets have no gradient; a latent is decoded by a U-Net's decoder,
+with skips from the condition; pseudo labels' weight rises, rectified ones are used after a warm-up.
 
     python diffrect.py                                     embedded phantom
     python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
@@ -43,8 +43,10 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOption
                             bf16_is_fast, init_distributed, mean_over_ranks, option, parse, require,
                             run_main, say, with_defaults, world_size)
 
-MODELS = ("supervised", "fixmatch", "lcc", "diffrect")
+RECTIFY = ("lcc", "diffrect")
+MODELS = ("supervised", "fixmatch", *RECTIFY)
 GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none", "released")
+STEPS = 10  # T of Eq. 7: the released code's, the paper gives none
 TAU_SCALE = 1000  # tau in [0, 1] is embedded as DDPM embeds its 1000 steps
 
 
@@ -56,7 +58,7 @@ class Config(VolumeOptions, RunOptions):
     rules: str = option("paper", "of pseudo labels and their loss, tau, lambda_1, reverse steps",
                         choices=("paper", "released"))
     strong_labeled: bool = option(False, "with --model supervised: the strong view of slices")
-    s2w: bool = option(True, "unlabeled slices: strong-to-weak, Eq. 9, and its masks")
+    s2w: bool = option(True, "rectifier on unlabeled slices, strong to weak: Eq. 9, its masks")
     w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
     colors: bool = option(True, "semantic colours (SCS); off: grey levels")
     guidance: str | None = option(None, "tau (CG), Table 5 (dice; released)", choices=GUIDANCE)
@@ -79,7 +81,8 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
     """Without None. Raises UserError for options that do not go together."""
     info = data.info
     config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
-    steps, scale = info.iterations, config.batch_size / info.batch_size  # a short run ramps alike
+    scale = config.batch_size / info.batch_size
+    steps = info.iterations  # of the recipe: a shorter run sees the beginning of its ramps
     config = with_defaults(
         config, guidance="dice" if config.rules == "paper" else "released",
         consistency=info.consistency, rectify_weight=info.rectify_weight, lr=info.lr * scale,
@@ -92,6 +95,8 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
             "--no-s2w and --no-w2g: one of them, for --model diffrect; without both: --model lcc")
     require(len(getattr(data, config.eval_split)) > 0, f"there is no {config.eval_split} list")
     require(not config.checkpoint_activations, "--checkpoint-activations is not for diffrect.py")
+    if config.model in RECTIFY and config.warmup >= config.iterations:
+        say(f"--warmup is {config.warmup}: rectified labels are not used in {config.iterations} steps")
     return config
 
 
@@ -286,7 +291,7 @@ class Rectifier(nn.Module):
     colors: uint8 [C, 3]. Below, label maps are [B, S, S], slices [B, 1, S, S] and tau [B].
     """
 
-    def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = 10,
+    def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = STEPS,
                  batch_statistics: bool = True):
         super().__init__()
         self.batch_statistics, guided = batch_statistics, 32 * channels
@@ -295,8 +300,9 @@ class Rectifier(nn.Module):
         self.mask_encoder = Encoder(4, channels, guided)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
         self.decoder = Decoder(channels, len(colors), guided)
-        self.register_buffer("alpha_bar", cosine_alpha_bar(max(diffusion_steps, 1)).float(), False)
-        self.register_buffer("colors", colors, False)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(max(diffusion_steps, 1)).float(),
+                             persistent=False)
+        self.register_buffer("colors", colors, persistent=False)
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
         """B_sem of Eq. 5: features of five levels, the slices' own added to each (Section 3.1
@@ -429,7 +435,7 @@ def train(config: Config) -> None:
     data = load_volumes(config)
     config = complete(config, data, device)
     info, classes = data.info, data.info.num_classes
-    supervised, rectifies = config.model == "supervised", config.model in ("lcc", "diffrect")
+    supervised, rectifies = config.model == "supervised", config.model in RECTIFY
     released, streams = config.rules == "released", ["labeled", "unlabeled"][: 2 - supervised]
 
     torch.manual_seed(config.seed)
@@ -439,7 +445,7 @@ def train(config: Config) -> None:
     if rectifies:
         grey = torch.linspace(0, 255, classes).round().byte()[:, None].repeat(1, 3)
         colors = semantic_colors(classes) if config.colors else grey
-        steps = 10 if config.model == "diffrect" else 0
+        steps = STEPS if config.model == "diffrect" else 0
         rectifier = Rectifier(colors, config.channels, steps, config.batch_statistics)
         rectifier_network = distribute(rectifier, device, config.compile)
         parameters += rectifier.parameters()
@@ -494,11 +500,12 @@ def train(config: Config) -> None:
             tau = torch.cat([tau_l, tau_u])
             with amp:
                 logits, latent_loss = rectifier_network(coarse, fine, slices, tau)
-            loss_decoded = mask_loss(logits[:size], label, known, known)  # L_Semi^Lat, with _u
+            # L_Semi^Lat: masks decoded from recovered latents, here against the truth.
+            loss_decoded = mask_loss(logits[:size], label, known, known)
             loss_latent_l = latent_loss[:size].mean()
             loss_diff = loss_decoded + loss_latent_l  # Diff Loss of Eq. 13, lambda_2 = 1
             terms |= {"loss_decoded": loss_decoded, "loss_latent_l": loss_latent_l}
-            if config.s2w:
+            if config.s2w:  # and here against pseudo labels
                 loss_decoded_u = fixmatch_loss(logits[size:], *of_weak, released)
                 loss_latent_u = latent_loss[size:].mean()
                 lambda_1 = weight if released else 1

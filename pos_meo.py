@@ -5,7 +5,9 @@ The supervised and the unsupervised loss are mostly summed with equal weights, b
 g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the shortest
 vector between g_s and g_u instead (the minimum-norm point): to first order no step along it harms
 either loss of the batch. It is short; MEO gives it the length of the mean back. All this is said of
-gradients: momentum, the head's learning rate and AdamW come after it.
+gradients: momentum, the head's learning rate and AdamW come after it. From the first step on it can
+collapse: the smaller g_u, the more h follows it alone, and a student that teaches itself then only
+agrees with itself. Hence uniform steps first, and a run that stops as COLLAPSED (both ours).
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
     Eq. 4, 5    h = w_s g_s + w_u g_u                 integration_weights, Gradients.integrate
@@ -49,6 +51,7 @@ SUP, UNSUP = 0, 1  # g_s and g_u wherever something has two rows
 ROUNDING = 1e-6  # a cosine, or a length beside another one, below this is rounding error
 COLLAPSED = ("every pseudo label is of one class and the loss on labels has tripled: start again "
              "in a new folder with a longer --warmup, or with --cap 0.8")
+WATCHED = 20  # steps of one class in a row tell of a collapse; of fewer a line may be so by chance
 CHUNK = 2**20  # of a gradient, whose float64 copies stay small
 DISTANCES = [step / 10 for step in range(-10, 11)]  # of the landscape
 DIRECTIONS, LANDSCAPE_BATCHES = 3, 6
@@ -71,7 +74,7 @@ class Config(DataOptions, RunOptions):
     warmup: int | None = option(None, "uniform steps first (5 % of a recipe; embedded 50 %)", low=0)
     cap: float = option(1.0, "of alpha_u, where it does no harm; below 1: ours", low=0.5, high=1)
     threshold: float | None = option(None, "gamma of Eq. 2", low=0, below=1)
-    measure: bool = option(True, "both gradients at logged steps of uniform and fixed, too")
+    measure: bool = option(True, "at logged steps of uniform and fixed, too: two backward passes")
     landscape: str | None = option(None, "no training: Figure 5 of these checkpoints (commas)")
     backbone: str | None = option(None, "as in daw.py; unimatch_v2: dinov2_s or tiny_vit")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
@@ -159,8 +162,9 @@ def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=Tr
 def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Figures 1 and 3, for h = weights[0] g_s + weights[1] g_u; 0-d tensors.
 
-    alpha_unsup, lambda: of `pos_weight` without a cap, Eq. 13, whatever was done. harmful: h is
-    against a gradient. remark_1: g_u is the shorter one, which is why alpha_unsup > 0.5 (Eq. 9).
+    cosine: 1a; min_cosine_uniform: 1b; min_cosine: 1c; norm_*: 3a; alpha_unsup: 3b. alpha_unsup and
+    lambda are what POS, without a cap, and MEO would take, whatever was done. harmful: h is against
+    a gradient. remark_1: g_u is the shorter one, which is why alpha_unsup > 0.5 (Eq. 9).
     """
     ss, su, uu = products
     alpha = pos_weight(ss, su, uu)
@@ -230,6 +234,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
+    # Gradients' mean over ranks is taken: divided so, that of the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -276,7 +281,8 @@ def unimatch_v1_losses(network, views: dict, threshold: float, ohem: float) -> t
 
 def unimatch_v2_losses(network, teacher, views: dict, threshold: float,
                        ohem: float) -> tuple[Tensor, ...]:
-    """The same of UniMatch V2: EMA teacher, strong views that lose complementary channels."""
+    """The same of UniMatch V2: EMA teacher, strong views that lose complementary channels of all
+    four maps of the encoder."""
     with torch.no_grad():
         pseudo_label, used = pseudo_labels(teacher(views["weak"]), views["valid"], threshold)
     size, channels = len(views["weak"]), teacher.encoder.dim
@@ -302,6 +308,7 @@ def train(config: Config) -> None:
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
     pareto = config.strategy.startswith("pos")
+    watched = pareto and config.log_every >= WATCHED
     share = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
     steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
     config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // share if pareto else 0,
@@ -309,6 +316,7 @@ def train(config: Config) -> None:
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
     fixed = config.strategy == "fixed"
     require(fixed == (config.alpha_unsup is not None), "give --strategy fixed --alpha-unsup A")
+    require(pareto or config.cap == 1, "--cap is for --strategy pos and pos_meo")
     if pareto and config.warmup >= config.iterations:
         say(f"--warmup is {config.warmup}: all {config.iterations} steps are uniform")
 
@@ -331,6 +339,8 @@ def train(config: Config) -> None:
     evaluated = model
     if config.ema_decay:
         evaluated = state["ema"] = make_ema(model)
+    step_losses = (partial(unimatch_v2_losses, network, evaluated) if is_v2
+                   else partial(unimatch_v1_losses, network))
     gradients = Gradients(model, rows=2 if pareto or config.measure else 1)
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
@@ -346,18 +356,15 @@ def train(config: Config) -> None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.photometry)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            arguments = views, config.threshold, config.ohem
-            if is_v2:
-                losses = unimatch_v2_losses(network, evaluated, *arguments)
-            else:
-                losses = unimatch_v1_losses(network, *arguments)
+            losses = step_losses(views, config.threshold, config.ohem)
         loss_sup, loss_unsup, pseudo_label, used = losses
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
                  "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
                  "used": used.sum() / mean_over_ranks(views["valid"].sum())}
         gradients.flat.zero_()
         strategy = config.strategy if step > config.warmup else "uniform"
-        if strategy.startswith("pos") or config.measure and step % config.log_every == 0:
+        logged = step % config.log_every == 0 or step == config.iterations
+        if strategy.startswith("pos") or config.measure and logged:
             gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph
             gradients.backward(loss_unsup, UNSUP)
             gradients.average_over_ranks(rows=2)
@@ -377,11 +384,11 @@ def train(config: Config) -> None:
         if "truth" in views:  # for the log only
             known = used * (views["truth"] != IGNORE)
             right = known * (pseudo_label == views["truth"])
-            terms["used_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
+            terms["used_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
         if means := log.step(step, terms):
             log.write(step, means)
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)
-            require(not (pareto and collapsed), COLLAPSED)
+            require(not (watched and collapsed), COLLAPSED)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
@@ -412,7 +419,8 @@ def landscape(config: Config) -> None:
         data, crop = load_data(data_options(saved)), saved["crop"]
         torch.manual_seed(config.seed)
         fixed = []
-        for batch in training_loader(data, crop, 8, config.seed, 0, LANDSCAPE_BATCHES, device):
+        for batch in training_loader(data, crop, 8, config.seed, 0, LANDSCAPE_BATCHES, device,
+                                     num_workers=config.num_workers):
             batch = {name: value.to(device) for name, value in batch.items()}
             views = make_views(batch, crop, data.info.photometry)
             teaching = pseudo_labels(model(views["weak"]), views["valid"], saved["threshold"])
@@ -430,7 +438,8 @@ def landscape(config: Config) -> None:
                     losses.append(strong_loss(logits, pseudo_label, used, views))
                     logits = moved(views["labeled"])
                     losses.append(supervised_loss(logits, views["label"], saved["ohem"]))
-                miou = evaluate(moved, data, "val", crop, device, config.num_workers)["miou"]
+                miou = evaluate(moved, data, config.eval_split, crop, device,
+                                config.num_workers)["miou"]
                 curves[path].append({"direction": number, "distance": distance, "miou": miou,
                                      "loss": torch.stack(losses).mean().item()})
     write_json(folder / "landscape.json", curves)  # python -m common.figures draws it

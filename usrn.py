@@ -4,14 +4,16 @@ Guan et al., CVPR 2022.
 Labeled pixels are imbalanced, so a network F trained on them is biased towards large classes, and
 so are its pseudo labels. Cluster the labeled pixels of each class into subclasses as large as the
 smallest class: F_sub, a second network, learns these and is not biased. On unlabeled images, where
-F_sub is surer, a pseudo label must be of the class that it sees. Only F is used afterwards.
+F_sub is surer, a pseudo label must be of the class that it sees. Only F is used afterwards. Stage 2
+clusters cells, means of 2 x 2 features (PSPNet: of one), and unlabeled losses are on cells.
 
     stages 1, 3   F on labeled images; F and F_sub anew      train
     stage 2       balanced clusters of F's features          make_subclasses, balanced_kmeans
-    Eq. 2         losses on classes and on subclasses        supervised_loss, usrn_loss
+    Eq. 2         losses on classes and on subclasses        supervised_loss
     Eq. 3         S: pseudo labels above gamma               select
     Eq. 4, 6, 7   the class that F_sub sees; the gate        regularize, entropy_gate
-    Eq. 5, 8      self-training of F_sub; the total          weighted_loss, usrn_loss
+    Eq. 4, 5, 7   losses on pseudo labels                    weighted_loss
+    Eq. 8         the total                                  usrn_loss
     Eq. 9         class balance rate                         class_balance_rate
 
 Run
@@ -44,7 +46,11 @@ from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOption
                             init_distributed, main_first, mean_over_ranks, option, parse, rank,
                             reading, require, run_main, say, with_defaults, world_size, write_json)
 
-PARTS = ("MSL", "OST", "USR", "SST", "EGM")  # Eq. 2 for F_sub, 3, 4, 5, 6
+PARTS = ("MSL",  # supervised losses on classes and on subclasses, Eq. 2
+         "OST",  # self-training of F, Eq. 3
+         "USR",  # regularization of its pseudo labels by F_sub, Eq. 4
+         "SST",  # self-training of F_sub, Eq. 5
+         "EGM")  # entropy gate, Eq. 6, 7
 MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
           "III": PARTS[:3], "IV": PARTS[:4], "USRN": PARTS}  # Table 3
 MOST_SUBCLASSES = 255  # 0 to 254: what a PNG with 255 = ignore can hold
@@ -56,8 +62,8 @@ class Config(DataOptions, RunOptions):
 
     model: str = option("USRN", "row of Table 3, or without F_sub", choices=tuple(MODELS))
     threshold: float = option(0.75, "gamma of Eq. 3", low=0, below=1)
-    gate: str = option("paper", "F_sub's entropy and class: of sums over parents (Eq. 6, 7), or of "
-                                "subclasses (released code)", choices=("paper", "released"))
+    gate: str = option("paper", "of USRN; F_sub's entropy and class: of sums over parents (Eq. 6, "
+                                "7), or of subclasses (released)", choices=("paper", "released"))
     lambda_sub: float = option(1.0, "weight of F_sub's losses, Eq. 2 and 8", low=0)
     lambda_u: float = option(1.0, "weight of the losses on unlabeled images, Eq. 8", low=0)
     clustering: str = option("balanced", "k-means of stage 2", choices=("balanced", "plain"))
@@ -133,6 +139,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
+    # DDP takes the mean over ranks: divided so, that of the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -148,9 +155,9 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, cells: Ten
 class USRN(nn.Module):
     """F and F_sub, which share nothing, the encoder's first part ("low") or all of it.
 
-    forward(images [B, 3, H, W], cells=k, subclasses=n) -> logits of the first B - k images [B-k, C,
-    H, W] and of the last k where unlabeled losses are computed [k, C, h, w]; then the same of F_sub
-    for the first n images only (None if n = 0).
+    forward(images [B, 3, H, W], unlabeled=k, subclassed=n) -> logits of the first B - k images [B-k,
+    C, H, W] and of the last k's cells [k, C, h, w]; then the same of F_sub for the first n images
+    only (None if n = 0).
     """
 
     def __init__(self, model: nn.Module, subclass_model: nn.Module | None, share: str):
@@ -164,24 +171,24 @@ class USRN(nn.Module):
             parent, _, child = name.rpartition(".")
             delattr(encoder.get_submodule(parent), child)  # F's is used
 
-    def forward(self, images: Tensor, cells: int = 0, subclasses: int = 0) -> tuple:
-        whole, size = len(images) - cells, images.shape[2:]
+    def forward(self, images: Tensor, unlabeled: int = 0, subclassed: int = 0) -> tuple:
+        labeled, size = len(images) - unlabeled, images.shape[2:]
         low = self.model.encoder.low_level(images)
         high = self.model.encoder.high_level(low)
-        logits = self.classify(self.model, low, high, whole, size)
-        if not subclasses:
+        logits = self.classify(self.model, low, high, labeled, size)
+        if not subclassed:
             return *logits, None, None
         if self.share == "none":
-            low = self.subclass_model.encoder.low_level(images[:subclasses])
+            low = self.subclass_model.encoder.low_level(images[:subclassed])
         if self.share != "all":
-            high = self.subclass_model.encoder.high_level(low[:subclasses])
-        low, high = low[:subclasses], high[:subclasses]
-        return *logits, *self.classify(self.subclass_model, low, high, whole, size)
+            high = self.subclass_model.encoder.high_level(low[:subclassed])
+        low, high = low[:subclassed], high[:subclassed]
+        return *logits, *self.classify(self.subclass_model, low, high, labeled, size)
 
-    def classify(self, model: nn.Module, low: Tensor, high: Tensor, whole: int, size) -> tuple:
+    def classify(self, model: nn.Module, low: Tensor, high: Tensor, labeled: int, size) -> tuple:
         z = model.decode(low, high)
-        cells = F.avg_pool2d(z[whole:], model.cell)  # 2 x 2 features, as stage 2 clusters them
-        return resize(model.classifier(z[:whole]).float(), size), model.classifier(cells).float()
+        cells = F.avg_pool2d(z[labeled:], model.cell)
+        return resize(model.classifier(z[:labeled]).float(), size), model.classifier(cells).float()
 
 
 def make_views(batch: dict[str, Tensor], photometry: Photometry,
@@ -210,14 +217,14 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
     """One step through Eq. 2-8 with the parts of config.model: (loss, terms for the log)."""
     parts, threshold = MODELS[config.model], config.threshold
     size = len(views["labeled"])
-    images, cells, subclasses = views["labeled"], 0, size if "MSL" in parts else 0
+    images, unlabeled, subclassed = views["labeled"], 0, size if "MSL" in parts else 0
     if "OST" in parts:
-        images, cells = torch.cat([images, views["weak"]]), size
-        subclasses += size if "USR" in parts else 0
-    logits, logits_weak, sub_logits, sub_logits_weak = network(images, cells, subclasses)
+        images, unlabeled = torch.cat([images, views["weak"]]), size
+        subclassed += size if "USR" in parts else 0
+    logits, logits_weak, sub_logits, sub_logits_weak = network(images, unlabeled, subclassed)
     if "OST" in parts:  # batch norm sees labeled and weak images together, strong ones apart
-        subclasses = size if "SST" in parts else 0
-        _, logits_strong, _, sub_logits_strong = network(views["strong"], size, subclasses)
+        subclassed = size if "SST" in parts else 0  # all are unlabeled: the others' logits are empty
+        _, logits_strong, _, sub_logits_strong = network(views["strong"], size, subclassed)
 
     loss = loss_sup = supervised_loss(logits, views["label"], config.ohem)
     terms = {"loss_sup": loss_sup}
@@ -260,7 +267,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         for name, label, chosen in (*labels, ("vetoed", own_label, vetoed)):
             known = chosen & (truth != IGNORE)
             right = known & (label == truth)
-            terms[f"{name}_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
+            terms[f"{name}_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
     return loss, {"loss": loss, **terms}
 
 
@@ -354,12 +361,12 @@ def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
 
     for a in range(clusters):
         find_movers(a, np.arange(clusters))
-    least, most = points // clusters, -(-points // clusters)
+    smallest, largest = points // clusters, -(-points // clusters)
     far = 2 * clusters * float(cost.max()) or 1.0  # longer than any path
     while True:
         sizes = np.array([len(rows) for rows in members])
-        leave = far * ((sizes <= least) * 1.0 - (sizes > most))  # a cluster that is too large gains
-        enter = far * ((sizes >= most) * 1.0 - (sizes < least))
+        leave = far * ((sizes <= smallest) * 1.0 - (sizes > largest))  # -: a point must go
+        enter = far * ((sizes >= largest) * 1.0 - (sizes < smallest))  # -: one must come
         distance, before = shortest_paths(edge, leave, 1e-12 * far)
         b = int((distance + enter).argmin())
         if distance[b] + enter[b] > -1e-11 * far:  # all prefer where they are at these prices
@@ -401,7 +408,7 @@ def class_balance_rate(counts: Tensor) -> float:
 def subclass_counts(pixels: Tensor, most: int) -> Tensor:
     """Subclasses of each class: pixels [C] -> int64 [C], at least 1.
 
-    Clusters are as large as the smallest class or, if these are too many, as gives `most`.
+    Clusters are as large as the smallest class or, if these are too many, as large as `most` asks.
     """
     size = int(pixels[pixels > 0].min())
     while True:
@@ -475,7 +482,7 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
             "cbr_classes": cbr, "cbr_subclasses": sub_cbr}
 
 
-def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor, Data]:
+def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Tensor, Data]:
     """Stages 1 and 2, or what they left: parents int64 [K], and `data` labeled with subclasses."""
     folder, steps = Path(config.output) / "subclasses", config.supervised_iterations
     record, most = folder / "subclasses.json", config.max_subclasses
@@ -483,7 +490,8 @@ def subclasses(config: Config, data: Data, device: torch.device) -> tuple[Tensor
     if not all(file.is_file() for file in (record, *files)):
         output = str(folder.with_name("supervised"))
         model = train(replace(config, model="baseline", output=output, iterations=steps,
-                              eval_every=steps), data, device)
+                              eval_every=steps, save_every=config.save_every or config.eval_every),
+                      data, device)
         with main_first():
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -512,8 +520,8 @@ def build_network(config: dict, num_classes: int, weights: str) -> nn.Module:
 
 
 def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | None = None,
-          labels: Data | None = None) -> nn.Module:
-    """Stage 1 ("baseline") and 3, which has subclasses, see `subclasses`; the evaluated F."""
+          subclass_data: Data | None = None) -> nn.Module:
+    """Stage 1 (model "baseline"), or 3 with what `stages_1_and_2` returns: F, in evaluation mode."""
     parts = MODELS[config.model]
     torch.manual_seed(config.seed)
     options, subclass_model = asdict(config), None
@@ -541,7 +549,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     checkpoint = Checkpoint(config.output, "usrn", options, state)
     start = checkpoint.load()
     log = Log(checkpoint, start, config.batch_size * (2 if "OST" in parts else 1))
-    loader = training_loader(labels or data, config.crop, config.batch_size, config.seed, start,
+    loader = training_loader(subclass_data or data, config.crop, config.batch_size, config.seed, start,
                              config.iterations, device, "OST" in parts, config.num_workers)
 
     scores = partial(evaluate, model, data, config.eval_split, config.crop, device,
@@ -579,10 +587,8 @@ def run_stages(config: Config) -> None:
     require(classes <= config.max_subclasses, f"--max-subclasses must be >= {classes}, the classes")
     require("OST" not in parts or bool(data.unlabeled), "no unlabeled image: --model baseline or I")
     require(config.network == "plain" or config.architecture != "pspnet", "--network: not PSPNet's")
-    require(config.batch_size > world_size() or device.type == "cuda" and world_size() > 1,
-            "--batch-size leaves a rank one image: batch norm needs two")
-    stage_2 = subclasses(config, data, device) if "MSL" in parts else ()
-    train(config, data, device, *stage_2)
+    subclasses = stages_1_and_2(config, data, device) if "MSL" in parts else ()
+    train(config, data, device, *subclasses)
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:

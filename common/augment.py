@@ -161,7 +161,7 @@ def cutmix_boxes(batch: int, size: int, p: float = 0.5, device="cpu") -> Tensor:
     """One random box per image with probability p: bool [B, size, size], True inside.
 
     UniMatch's rejection sampling, 128 trials at once: the area is drawn once, then aspect and upper
-    left corner until the box lies inside. Should no trial fit (1 box in 100,000), there is none.
+    left corner until the box lies inside. Should no trial fit (1 box in 60,000), there is none.
     """
     trials = (batch, 128)
     wanted = torch.rand(batch, 1, device=device) < p

@@ -509,6 +509,8 @@ def load_data(options: DataOptions) -> Data:
             say(f"left out: {len(copies)} copies of validation pictures, such as {min(copies)}")
     require(options.lists in (None, data.digest),
             f"the lists of images in {root} have the digest {data.digest}, not {options.lists}")
+    split = getattr(options, "eval_split", None)  # of a training
+    require(not split or bool(getattr(data, split)), f"{name} has no {split} list: --eval-split")
     return data
 
 
@@ -749,9 +751,6 @@ def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: in
     """
     sizes = [len(data.labeled), len(data.unlabeled)] if unlabeled else [len(data.labeled)]
     batches = TrainingBatches(sizes, batch_size, seed, start, total)
-    synchronised = device.type == "cuda" and world_size() > 1  # batch norm
-    require(batches.per_rank * len(sizes) > 1 or synchronised,
-            f"--batch-size {batch_size} leaves one image a rank: batch norm needs two")
     check_labels(data)
     return make_loader(TrainingSet(data, crop, seed), device, num_workers, batch_sampler=batches,
                        collate_fn=collate_training)

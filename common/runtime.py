@@ -92,6 +92,8 @@ def explain(error: Exception) -> str | None:
     if memory or "can't allocate memory" in str(error):
         return ("out of memory: lower --batch-size or --crop, or take --checkpoint-activations; "
                 "for large pictures --mode sliding")
+    if "more than 1 value per channel" in str(error):
+        return "batch norm needs two images a rank: a larger --batch-size"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         return f"--compile failed, install a C++ compiler or leave it out: {reason}"

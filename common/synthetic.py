@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from common.augment import normalize
 from common.backbones import build_encoder
@@ -232,19 +233,6 @@ def paint(picture, shape: np.ndarray, value, softness: float = 0.55, opacity: fl
     return picture + cover * (value - picture)
 
 
-def gaussian_blur(volume: np.ndarray, sigma: float) -> np.ndarray:
-    """[Z, H, W], over the last two axes; mirrored at the edges."""
-    radius = math.ceil(3 * sigma)
-    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / max(sigma, 1e-6)) ** 2)
-    for axis in (1, 2):
-        positions = np.arange(volume.shape[axis])
-        padding = [(radius, radius) if a == axis else (0, 0) for a in range(3)]
-        padded = np.pad(volume, padding, mode="reflect")
-        volume = sum(weight * padded.take(k + positions, axis)
-                     for k, weight in enumerate(weights / weights.sum()))
-    return volume
-
-
 def draw_values(dials: SimpleNamespace, rng: np.random.Generator) -> SimpleNamespace:
     """A patient's value of every dial that is a range, and what else is the same in all slices."""
     p = SimpleNamespace(**vars(dials))
@@ -380,10 +368,11 @@ def draw_patient(dials: SimpleNamespace, rng: np.random.Generator) -> list[tuple
     slope = p.bias * (math.cos(p.bias_direction) * x + math.sin(p.bias_direction) * y)
     bias = np.exp(slope + p.bias_bowl * (x**2 + y**2 - 0.5))
     relaxed = dict.fromkeys(("shortening", "contraction", "epicardium", "rv_contraction"), 1)
-    phases = []
+    sigma, phases = p.blur * p.size / UNITS, []
     for name, heart in (("ED", with_changes(p, **relaxed)), ("ES", p)):
         pictures, labels = zip(*(draw_slice(heart, z) for z in range(p.slices)))
-        image = gaussian_blur(np.stack(pictures) * bias, p.blur * p.size / UNITS)
+        image = torch.from_numpy(np.stack(pictures) * bias)
+        image = gaussian_blur(image, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma] * 2).numpy()
         image = image.clip(0) ** math.exp(p.gamma)
         real, imaginary = p.noise * rng.standard_normal((2, *image.shape))  # Rician
         image = np.hypot(image + real, imaginary)

@@ -16,12 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+import daw
 from common import data as module
 from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingBatches, TrainingSet,
                          check_labels, covering_choice, dataset_info, images_asked_for, load_data,
                          make_loader, open_image, open_mask, published_list, published_lists,
                          read_list, read_sample, training_loader)
-from programs import error_of, run_as_program
+from programs import assert_identical, error_of, run_as_program
 
 CPU = torch.device("cpu")
 HEADER = "dataset\tnames\trepository\tcommit\tpath\tlines\tsha256"
@@ -211,6 +212,8 @@ def test_labeled_and_unlabeled_make_up_the_full_list(voc, voc_root):
     assert names(data.labeled) == chosen and len(data.unlabeled) == 6
     assert sorted(names(data.labeled + data.unlabeled)) == ids(voc_root)
     assert names(data.val) == ids(voc_root, "val") and data.tune == []
+    training = daw.Config(**vars(voc), eval_split="tune")  # fails before it trains
+    assert "no tune list" in error_of(load_data, training)
     assert all(sample.mask is None for sample in data.unlabeled)
     assert (data.root, data.tag, voc) == (voc_root, "pascal_3", before)
     assert "3" in error_of(load_data, replace(voc, labeled="17")).split("takes")[1]
@@ -716,10 +719,6 @@ def batches_of(data, workers=0, start=0, total=4, unlabeled=True) -> list[dict]:
     return list(training_loader(data, 49, 4, 0, start, total, CPU, unlabeled, workers))
 
 
-def same(ours: dict, theirs: dict) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
 def test_without_shared_memory_there_are_no_workers(voc, monkeypatch, capsys):
     data, usage = load_data(voc), shutil.disk_usage("/dev/shm")
     for free, workers in ((64 << 20, 1), (2 << 20, 0)):  # Docker gives 64 MB
@@ -735,8 +734,9 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
     data, state = load_data(voc), torch.get_rng_state()
     alone, with_workers = batches_of(data), batches_of(data, workers=2)
     assert torch.equal(torch.get_rng_state(), state)  # training's random numbers are left alone
-    assert len(alone) == len(with_workers) == 4 and all(map(same, alone, with_workers))
-    assert all(map(same, alone[2:], batches_of(data, start=2)))
+    assert len(alone) == 4
+    assert_identical(alone, with_workers)
+    assert_identical(alone[2:], batches_of(data, start=2))
     training = TrainingSet(data, 49, 0)
     for batch, step in zip(alone, TrainingBatches([3, 6], 4, 0, 0, 4), strict=True):
         for n, key in enumerate(step):
@@ -753,14 +753,7 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
         monkeypatch.setattr(module, "rank", lambda: rank)
         halves.append(batches_of(data))
     for whole, *parts in zip(alone, *halves, strict=True):
-        assert same(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
-
-
-def test_one_image_a_rank_is_enough_for_synchronised_batch_norm(voc, monkeypatch):
-    monkeypatch.setattr(module, "world_size", lambda: 4)
-    arguments = load_data(voc), 49, 4, 0, 0, 5
-    assert "batch norm" in error_of(training_loader, *arguments, CPU, False)
-    training_loader(*arguments, torch.device("cuda"), False, num_workers=0)
+        assert_identical(whole, {name: torch.cat([part[name] for part in parts]) for name in whole})
 
 
 def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_path, monkeypatch):
@@ -769,7 +762,7 @@ def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_
     outside = batch["truth"][~batch["valid"]]
     assert batch["truth"].shape == (4, 49, 49) and len(outside) and (outside == 255).all()
     (supervised,) = batches_of(load_data(voc), total=1, unlabeled=False)
-    assert same(supervised, {name: batch[name] for name in ("labeled", "label")})
+    assert_identical(supervised, {name: batch[name] for name in ("labeled", "label")})
     # a list of one's own may name masks for some pictures only: then none is read
     own = write(tmp_path / "own.txt", [ids(voc_root)[0], f"JPEGImages/{ids(voc_root)[2]}.jpg"])
     data = load_data(replace(voc, unlabeled_list=str(own)))

@@ -14,7 +14,7 @@ from PIL import Image
 from common import medical
 from common.medical import DATASETS, METRICS, Volume, VolumeData, VolumeFile, VolumeOptions
 from common.medical import load_volumes, read_volume, write_volume
-from programs import error_of, on_ranks
+from programs import assert_identical, error_of, on_ranks
 
 CPU = torch.device("cpu")
 INFO = DATASETS["acdc"]  # 4 classes
@@ -275,12 +275,6 @@ def batches(data: VolumeData, start=0, total=6, workers=0, unlabeled=True, seed=
     return list(loader)
 
 
-def assert_same_batches(left: list[dict], right: list[dict]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right):
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_batches_hold_slices_and_their_labels(data):
     middles = []
     for batch in batches(data):
@@ -305,7 +299,7 @@ def test_truth_of_unlabeled_slices_is_read_only_where_it_is_allowed(data, tmp_pa
     allowed = replace(data, info=DATASETS["phantom"])
     for batch, without in zip(batches(allowed), hidden):
         truth, valid = batch.pop("truth"), batch["valid"]
-        assert_same_batches([batch], [without])
+        assert_identical([batch], [without])
         assert torch.equal(truth != 255, valid)
         assert torch.equal(85 * truth[valid], batch["unlabeled"][:, 0][valid])
     write_slices(tmp_path / "l0.npz", [0, 3, 2, 1], label=False)
@@ -314,8 +308,8 @@ def test_truth_of_unlabeled_slices_is_read_only_where_it_is_allowed(data, tmp_pa
 
 def test_batches_depend_neither_on_workers_nor_on_a_restart(data):
     whole = batches(data)
-    assert_same_batches(batches(data, workers=2), whole)
-    assert_same_batches(batches(data, start=4), whole[4:])
+    assert_identical(batches(data, workers=2), whole)
+    assert_identical(batches(data, start=4), whole[4:])
     assert not torch.equal(batches(data, seed=6)[0]["unlabeled"], whole[0]["unlabeled"])
 
 

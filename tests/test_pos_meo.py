@@ -373,9 +373,10 @@ def test_recipes(dataset, baseline, expected, monkeypatch):
         assert {name: config[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("classes, factor, stops", [(1, 1.5, True), (2, 1.5, False),
-                                                    (1, 1.4, False)])
-def test_a_collapsed_run_is_stopped(classes, factor, stops, shapes, tmp_path, float64, monkeypatch):
+@pytest.mark.parametrize("classes, factor, watched, stops", [
+    (1, 1.5, 1, True), (2, 1.5, 1, False), (1, 1.4, 1, False), (1, 1.5, 2, False)])
+def test_a_collapsed_run_is_stopped(classes, factor, watched, stops, shapes, tmp_path, float64,
+                                    monkeypatch):
     """The loss on labels grows to 3.4 or 2.7 times what it was in the first of four steps."""
     growth = [factor**step for step in range(4)]
 
@@ -385,6 +386,7 @@ def test_a_collapsed_run_is_stopped(classes, factor, stops, shapes, tmp_path, fl
         return loss, loss, pseudo_label, views["valid"].float()
 
     monkeypatch.setattr(pos_meo, "unimatch_v1_losses", losses)
+    monkeypatch.setattr(pos_meo, "WATCHED", watched)
     expected = pytest.raises(runtime.UserError, match="--warmup") if stops else nullcontext()
     for _ in range(1 + stops):  # the same command goes on from the second step, and stops again
         with expected:

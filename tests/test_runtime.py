@@ -112,6 +112,9 @@ def test_what_pytorch_raises_for_the_users_machine_is_explained(capsys, monkeypa
     assert status_of(runtime.run_main, compile) == 1
     line = capsys.readouterr().err
     assert line.startswith("error: --compile failed") and line.endswith("compiler found\n")
+    assert status_of(runtime.run_main, lambda: torch.nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1))) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: batch norm needs two images a rank") and "--batch-size" in line
 
 
 # ---------------------------------------------------------------- ranks
