@@ -257,7 +257,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     if "truth" in views:  # for the log only
         known = weight * (views["truth"] != IGNORE)
         right = known * (pseudo_label == views["truth"])
-        terms["used_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
+        terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
     return loss, terms
 
 

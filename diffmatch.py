@@ -46,7 +46,7 @@ class Config(DataOptions, RunOptions):
     """What touches learning; None: as the data set's recipe in common/data.py has it."""
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
-    encoding: str = option("embedding", "of labels (Algorithm 2; bits: 3.4)", choices=("embedding", "bits"))
+    encoding: str = option("embedding", "of labels, Alg. 2 or 3.4", choices=("embedding", "bits"))
     mask_channels: int | None = option(None, "0: no mask (256, Alg. 3; tiny: 32)", low=0)
     mask_start: str = option("zero", "of f's weights for y_t, ours", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
@@ -272,8 +272,9 @@ class LabelEncoding(nn.Module):
 
 class DiffMatch(nn.Module):
     """forward(images [B, 3, H, W]): g -> z [B, D, H/4, W/4]; with perturb=k also z of the last k
-    images without half of the encoder's channels, decoded beside the others. forward(denoise=(z, y_t, t)): f -> logits
-    [B, C, H/4, W/4]; a second forward of one module, as DDP sees only such calls."""
+    images without half of the encoder's channels, decoded beside the others.
+    forward(denoise=(z, y_t, t)): f -> logits [B, C, H/4, W/4]; also a forward, as DDP sees no other
+    calls."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
                  encoding: str = "embedding", mask_channels: int = 256, mask_start: str = "zero",
@@ -355,8 +356,8 @@ def downsample(label: Tensor, size: torch.Size) -> Tensor:
 
 def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, config: Config,
               ohem: float = 0.0) -> Tensor:
-    """Eq. 10, 11 of one view: cross entropy, in place of L2 (Section 3.4), of used pixels, or of the
-    hard ones by OHEM, and Eq. 9 of known pixels; their sum by the known pixels of the global batch.
+    """Eq. 10, 11 of one view: cross entropy, in place of L2 (Section 3.4), of used pixels, by OHEM
+    of the hard ones, and Eq. 9 of known pixels; their sum by the known pixels of the global batch.
     logits [B, C, H, W], target [B, 2, H, W]: known and used labels, prior [C], t [B]."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
     loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
@@ -414,7 +415,7 @@ def describe(pseudo: Tensor, views: dict, prior: ClassPrior, classes: tuple) -> 
         truth = maps["true"] = views["truth"].long()
         known = (used != IGNORE) & (truth != IGNORE)
         right = known & (used == truth)
-        terms["used_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
+        terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
     shares = {kind: class_counts(map_, len(classes)) / pixels for kind, map_ in maps.items()}
     for kind, values in {**shares, "prior": prior.pseudo_labels}.items():
         terms |= {f"{kind} {name}": value for name, value in zip(classes, values)}

@@ -15,8 +15,8 @@ into better ones, which the U-Net learns from. Only the U-Net is used afterwards
     Eq. 8-11      S2W and W2G, losses of latents         Denoiser, Rectifier.forward
     Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
 Not as printed, but as released: the denoiser predicts the clean latent, and variances are fixed;
-Eq. 9, 11 are mean squares, whose targets have no gradient; a latent is decoded by a U-Net's decoder,
-with skips from the condition; pseudo labels' weight rises, rectified ones are used after a warm-up.
+Eq. 9, 11 are mean squares, whose targets have no gradient; latents are decoded as in a U-Net, with
+skips from the condition; pseudo labels' weight rises, rectified ones are used after a warm-up.
 
     python diffrect.py                                     embedded phantom
     python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
@@ -96,7 +96,7 @@ def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
     require(len(getattr(data, config.eval_split)) > 0, f"there is no {config.eval_split} list")
     require(not config.checkpoint_activations, "--checkpoint-activations is not for diffrect.py")
     if config.model in RECTIFY and config.warmup >= config.iterations:
-        say(f"--warmup is {config.warmup}: rectified labels are not used in {config.iterations} steps")
+        say(f"--warmup is {config.warmup}: {config.iterations} steps use no rectified label")
     return config
 
 

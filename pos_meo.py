@@ -384,7 +384,7 @@ def train(config: Config) -> None:
         if "truth" in views:  # for the log only
             known = used * (views["truth"] != IGNORE)
             right = known * (pseudo_label == views["truth"])
-            terms["used_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
+            terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
         if means := log.step(step, terms):
             log.write(step, means)
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)

@@ -155,9 +155,9 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, cells: Ten
 class USRN(nn.Module):
     """F and F_sub, which share nothing, the encoder's first part ("low") or all of it.
 
-    forward(images [B, 3, H, W], unlabeled=k, subclassed=n) -> logits of the first B - k images [B-k,
-    C, H, W] and of the last k's cells [k, C, h, w]; then the same of F_sub for the first n images
-    only (None if n = 0).
+    forward(images [B, 3, H, W], unlabeled=k, subclassed=n) -> logits of the first B - k images
+    [B-k, C, H, W] and of the last k's cells [k, C, h, w]; then the same of F_sub for the first n
+    images only (None if n = 0).
     """
 
     def __init__(self, model: nn.Module, subclass_model: nn.Module | None, share: str):
@@ -223,7 +223,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         subclassed += size if "USR" in parts else 0
     logits, logits_weak, sub_logits, sub_logits_weak = network(images, unlabeled, subclassed)
     if "OST" in parts:  # batch norm sees labeled and weak images together, strong ones apart
-        subclassed = size if "SST" in parts else 0  # all are unlabeled: the others' logits are empty
+        subclassed = size if "SST" in parts else 0  # none is labeled: empty logits
         _, logits_strong, _, sub_logits_strong = network(views["strong"], size, subclassed)
 
     loss = loss_sup = supervised_loss(logits, views["label"], config.ohem)
@@ -267,7 +267,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         for name, label, chosen in (*labels, ("vetoed", own_label, vetoed)):
             known = chosen & (truth != IGNORE)
             right = known & (label == truth)
-            terms[f"{name}_accuracy"] = right.sum() / known.sum()  # nan where a rank has none: left out
+            terms[f"{name}_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
     return loss, {"loss": loss, **terms}
 
 
@@ -521,7 +521,7 @@ def build_network(config: dict, num_classes: int, weights: str) -> nn.Module:
 
 def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | None = None,
           subclass_data: Data | None = None) -> nn.Module:
-    """Stage 1 (model "baseline"), or 3 with what `stages_1_and_2` returns: F, in evaluation mode."""
+    """Stage 1 (model "baseline"), or 3 with what `stages_1_and_2` returns: F, in eval mode."""
     parts = MODELS[config.model]
     torch.manual_seed(config.seed)
     options, subclass_model = asdict(config), None
@@ -549,8 +549,9 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     checkpoint = Checkpoint(config.output, "usrn", options, state)
     start = checkpoint.load()
     log = Log(checkpoint, start, config.batch_size * (2 if "OST" in parts else 1))
-    loader = training_loader(subclass_data or data, config.crop, config.batch_size, config.seed, start,
-                             config.iterations, device, "OST" in parts, config.num_workers)
+    loader = training_loader(subclass_data or data, config.crop, config.batch_size, config.seed,
+                             start, config.iterations, device, "OST" in parts,
+                             config.num_workers)
 
     scores = partial(evaluate, model, data, config.eval_split, config.crop, device,
                      config.num_workers)

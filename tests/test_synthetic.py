@@ -214,8 +214,8 @@ def test_myocardium_encloses_the_cavity_and_touches_the_right_ventricle(patients
 
 def test_labels_lie_on_the_picture():
     """In a plain style, the muscle is darker than the blood on both sides."""
-    clear = with_changes(PHANTOMS["phantom"], noise=(0, 0), blur=(0.01, 0.01), bias=(0, 0), gamma=(0, 0),
-                         bias_bowl=(0, 0), papillary=(0.01, 0.01), muscle=(0.3, 0.3),
+    clear = with_changes(PHANTOMS["phantom"], noise=(0, 0), blur=(0.01, 0.01), bias=(0, 0),
+                         gamma=(0, 0), bias_bowl=(0, 0), papillary=(0.01, 0.01), muscle=(0.3, 0.3),
                          rv_blood=(1, 1), wall=(4, 4))
     for number in range(4):
         for _, image, label, _ in patient(number, clear):
