@@ -239,7 +239,8 @@ class MaskDenoiser(nn.Module):
         height, width = z.shape[2:]
         x = torch.cat([y_t.to(z.dtype), z], dim=1)
         x = self.fuse(x.flatten(2).transpose(1, 2))  # [B, h w, D]
-        snr = log_snr(t).float()[:, None]
+        # Sampling begins at t = 1, with log SNR -19; of training times 2 % lie below -7.
+        snr = log_snr(t).clamp(-7, 7).float()[:, None]
         angle = 2 * math.pi * snr * self.frequencies
         time = F.silu(self.time(torch.cat([snr, angle.sin(), angle.cos()], dim=1)))  # [B, 4 D]
         for layer in self.layers:
