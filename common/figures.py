@@ -244,9 +244,10 @@ def compare_distributions(runs: dict[str, Sequence[dict]], path: str | Path) -> 
     figure = Figure(figsize=(8.6, 2.6 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 2, squeeze=False, sharex=True, sharey="col")
     for (name, lines), (early, late) in zip(runs.items(), rows):
-        column = columns_of(lines, "t_star")
+        column, name = columns_of(lines, "t_star"), "/".join(Path(name).parts[-2:])
         draw_densities(early, column, len(column["iteration"]) // 10, f"{name}, ")
         draw_densities(late, column, -1, f"{name}, ")
+    rows[0, 0].legend([*(name for name, _ in SIGNS.values()), "t*"])
     save_figure(figure, path)
 
 
