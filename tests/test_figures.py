@@ -221,7 +221,7 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     assert run_as_program(*command, other)[0] == 0 and (tmp_path / "comparison.png").is_file()
     thresholds = [axes.lines[-1].get_xdata()[0] for axes in drawn[-1].axes]
     assert thresholds == [0.5, 0.5, 0.7, 0.7]
-    assert drawn[-1].axes[2].get_title() == f"{other}, iteration 30"
+    assert drawn[-1].axes[2].get_title() == f"{tmp_path.name}/other, iteration 30"
     (other / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
     assert "other has no t_star" in refuse(*command, other)
 
