@@ -47,7 +47,7 @@ class Config(DataOptions, RunOptions):
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
     encoding: str = option("embedding", "of labels, Alg. 2 or 3.4", choices=("embedding", "bits"))
-    mask_channels: int | None = option(None, "0: no mask (256, Alg. 3; tiny: 32)", low=0)
+    mask_channels: int = option(256, "of encoded labels (Algorithm 3); 0: no mask", low=0)
     mask_start: str = option("zero", "of f's weights for y_t, ours", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
     tau: float = option(0.1, "weight of the adjustment, Eq. 9 (Table 9); 0: none", low=0)
@@ -428,11 +428,10 @@ def describe(pseudo: Tensor, views: dict, prior: ClassPrior, classes: tuple) -> 
 
 def train(config: Config) -> None:
     rank, world_size, device = init_distributed(config.device)
-    require(config.encoding == "embedding" or not config.mask_channels,
+    require(config.encoding == "embedding" or config.mask_channels == Config.mask_channels,
             "--mask-channels is for --encoding embedding; bits have their own number")
     data = load_data(config)
-    config = with_defaults(config, **data.recipe(config.batch_size, config.epochs))
-    config = with_defaults(config, mask_channels=32 if config.backbone == "tiny" else 256,
+    config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            amp=bf16_is_fast(device),
                            output=f"runs/diffmatch_{data.tag}_{config.seed}")
     if config.discriminative:  # no mask, no other time, and thus nothing that Eq. 9 derives
