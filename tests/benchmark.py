@@ -14,6 +14,8 @@
     sampling       diffmatch.py at inference: its parts, 1 to 5 denoising steps, and DeepLabv3+
     feedback       mIoU of diffmatch.py by steps and by what they are shown of the last prediction;
                    of one pass without a mask, with a true and with a wrong one: --checkpoint
+    latent         Dice of diffrect.py's rectified labels, decoded from the recovered latent and
+                   from others: --checkpoint of a run on the phantom
     kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
     rectification  training steps of diffrect.py without and with its rectifier
     evaluation     scores of 500x375 images, whole and by sliding window, beside the network alone
@@ -36,7 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,7 @@ sys.path.insert(0, str(ROOT))
 
 import daw
 import diffmatch
+import diffrect
 import pos_meo
 import usrn
 from common import medical
@@ -61,7 +64,8 @@ from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, loa
                          training_loader)
 from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
 from common.models import DeepLabV3Plus, resize
-from common.runtime import bf16_is_fast, init_distributed, parse, require, run_main, say
+from common.runtime import (bf16_is_fast, init_distributed, parse, read_checkpoint, require,
+                            run_main, say)
 from programs import on_ranks
 
 CLASSES = 21
@@ -471,6 +475,60 @@ def feedback(sizes) -> None:
     say(f"  one pass: {', '.join(scores)}")
 
 
+class Latent(torch.nn.Module):
+    """In a denoiser's place: says that the clean latent is what `make` makes of the condition."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, z_t, condition, step):
+        return self.make(condition)
+
+
+@torch.no_grad()
+def latent(sizes) -> None:
+    if not sizes.checkpoint:
+        return say("  needs --checkpoint")
+    device, state = init_distributed()[2], read_checkpoint(Path(sizes.checkpoint))
+    config = diffrect.Config(**{**state["config"], "lists": None})
+    data, size, released = medical.load_volumes(config), config.batch_size, config.rules[0] == "r"
+    classes = data.info.num_classes
+    networks = {"model": diffrect.UNet(classes, config.channels),
+                "rectifier": diffrect.Rectifier(diffrect.semantic_colors(classes), config.channels)}
+    for name, network in networks.items():
+        network.load_state_dict(state[name])
+        network.to(device).train()
+    model, rectifier = networks.values()
+    denoiser, dice = rectifier.denoiser, defaultdict(list)
+    for part in rectifier.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # as while it rectifies
+    torch.manual_seed(config.seed)
+    for batch in medical.slice_loader(data, config.crop, size, config.seed + 1, 0, sizes.rounds,
+                                      device, num_workers=0):
+        batch = {name: value.to(device) for name, value in batch.items()}
+        weak = to_float(torch.cat([batch["labeled"], batch["unlabeled"]]))
+        truth = torch.cat([batch["label"], batch["truth"]]).long()
+        labels, of_strong = (
+            diffrect.pseudo_labels(model(view), truth != IGNORE, config.threshold, released)[0]
+            for view in (weak, diffrect.strong_view(weak, data.info)))
+        tau = diffrect.calibration_guidance(config.guidance, of_strong, labels, classes)
+        guidance = rectifier.guidance(diffrect.TAU_SCALE * tau)
+        true = rectifier.embed(truth, weak, guidance, rectifier.slice_encoder(weak, guidance))[-1]
+        maps = {"no latent, pseudo labels as they are": labels}
+        for name, source in {"recovered": denoiser, "zeros": Latent(torch.zeros_like),
+                             "noise": Latent(torch.randn_like), "the truth's": Latent(
+                                 lambda condition: true)}.items():
+            rectifier.denoiser = source
+            maps[name] = rectifier.rectify(labels, weak, tau, released).argmax(dim=1)
+        for name, found in maps.items():
+            found = torch.where(truth == IGNORE, 0, found)
+            dice[name] += diffrect.dice_coefficient(found[size:], truth[size:], classes).tolist()
+    for name, scores in dice.items():
+        say(f"  {name:37} {100 * np.mean(scores):.2f}  ({len(scores)} unlabeled slices)")
+
+
 def made_up_features(points: int, channels: int) -> torch.Tensor:
     """[N, D], as of a class after a ReLU: 40 groups of very different size, correlated noise."""
     generator = torch.Generator().manual_seed(0)
@@ -522,8 +580,8 @@ def distances(sizes) -> None:
 
 
 SUBJECTS = {function.__name__: function for function in (
-    loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, kmeans,
-    rectification, evaluation, distances)}
+    loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, latent,
+    kmeans, rectification, evaluation, distances)}
 
 
 def main() -> None:
