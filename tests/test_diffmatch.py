@@ -19,6 +19,7 @@ import diffmatch
 from common import augment, evaluate
 from common.augment import IGNORE, Photometry, normalize
 from common.models import hard_pixel_loss, resize
+from common.runtime import UserError
 
 TWO = ("strong_1", "strong_2")
 
@@ -433,7 +434,10 @@ def test_variants_train(options, program, tmp_path, monkeypatch):
     assert program("--iterations", 2, "--output", tmp_path, *options.split())[0] == 0
     assert [0 < line["loss"] < 10 for line in lines_of(tmp_path)] == [True, True]
     config = state(tmp_path)["config"]
-    assert not config["discriminative"] or config["tau"] == 0 and config["steps"] == 1
+    if config["discriminative"]:
+        assert config["tau"] == 0 and config["steps"] == 1
+        with pytest.raises(UserError, match="one step"):
+            diffmatch.build_predictor({**config, "steps": 3}, 8)
     shares = [0, 0] if "--single-view --no-cutmix" in options else 4 * [0.5]
     assert [p for _, _, p, _ in boxes] == shares
 

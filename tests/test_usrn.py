@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -616,6 +617,17 @@ def test_variants_train(options, program, tmp_path):
         of_classes = [sizes[parent_of == parent] for parent in parent_of.unique()]
         uneven = max(clusters.max() - clusters.min() for clusters in of_classes) > 1
         assert uneven == ("plain" in options)
+
+
+def test_stage_1_saves_as_often_as_stage_3(tmp_path, monkeypatch):
+    def train(config, data, device):
+        assert (config.eval_every, config.save_every) == (50, 3)
+        raise InterruptedError
+
+    monkeypatch.setattr(usrn, "train", train)
+    config = usrn.Config(output=str(tmp_path), eval_every=3, supervised_iterations=50)
+    with pytest.raises(InterruptedError):
+        usrn.stages_1_and_2(config, SimpleNamespace(labeled=[]), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("options, named", [
