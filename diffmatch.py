@@ -481,7 +481,6 @@ def train(config: Config) -> None:
 
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
-    sampler.eval()
     write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")
 
 

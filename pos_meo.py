@@ -363,8 +363,7 @@ def train(config: Config) -> None:
                  "used": used.sum() / mean_over_ranks(views["valid"].sum())}
         gradients.flat.zero_()
         strategy = config.strategy if step > config.warmup else "uniform"
-        logged = step % config.log_every == 0 or step == config.iterations
-        if strategy.startswith("pos") or config.measure and logged:
+        if strategy.startswith("pos") or config.measure and log.line_is_due(step):
             gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph
             gradients.backward(loss_unsup, UNSUP)
             gradients.average_over_ranks(rows=2)

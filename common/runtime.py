@@ -602,6 +602,9 @@ class Log:
         self.on_labels = [line["loss_sup"] for line in kept if "loss_sup" in line]
         self.since, self.steps = time.monotonic(), 0  # for the speed
 
+    def line_is_due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.total
+
     def step(self, step: int, scalars: dict[str, Tensor]) -> dict[str, float] | None:
         """Note 0-d tensors; every `every` steps their means over steps and ranks.
 
@@ -609,7 +612,7 @@ class Log:
         """
         self.pending.append({name: value.detach().float() for name, value in scalars.items()})
         self.steps += 1
-        if step % self.every and step < self.total:
+        if not self.line_is_due(step):
             return None
         names = list(dict.fromkeys(name for row in self.pending for name in row))
         hole = scalars["loss"].new_full((), math.nan, dtype=torch.float32)  # not every step has all

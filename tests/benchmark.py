@@ -492,8 +492,8 @@ def latent(sizes) -> None:
         return say("  needs --checkpoint")
     device, state = init_distributed()[2], read_checkpoint(Path(sizes.checkpoint))
     config = diffrect.Config(**{**state["config"], "lists": None})
-    data, size, released = medical.load_volumes(config), config.batch_size, config.rules[0] == "r"
-    classes = data.info.num_classes
+    data, size = medical.load_volumes(config), config.batch_size
+    classes, released = data.info.num_classes, config.rules == "released"
     networks = {"model": diffrect.UNet(classes, config.channels),
                 "rectifier": diffrect.Rectifier(diffrect.semantic_colors(classes), config.channels)}
     for name, network in networks.items():
