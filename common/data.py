@@ -79,7 +79,7 @@ class DatasetInfo:
     head_lr_multiplier: float = 10
     threshold: float = 0.95  # confidence from which the baseline trusts a pseudo label
     ohem: float = 0.0  # labeled pixels up to this probability are hard; 0: all count
-    evaluation: str = "whole"  # image, or "sliding" window
+    evaluation: str = "whole"  # or another way of `class_probabilities`
     eval_batch: int = 1  # more only where all images have one size
     unlabeled_truth: bool = False  # masks of unlabeled images may be read, for the log alone
 
@@ -111,7 +111,7 @@ DATASETS = {info.name: info for info in (
         "camvid", tuple(CAMVID), "30", palette=tuple(CAMVID.values()), backbone="mobilenet_v2",
         crop=160, epochs=72, lr=0.02, head_lr_multiplier=5, eval_batch=8),
     DatasetInfo("lucchi", ("background", "mitochondrion"), "10", crop=512, epochs=400),
-    DatasetInfo("folder", (), "all", backbone="resnet50"),
+    DatasetInfo("folder", (), "all", backbone="resnet50", evaluation="aligned"),
 )}
 
 

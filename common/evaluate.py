@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import medical
@@ -37,6 +38,8 @@ from common.runtime import (all_reduce_sum, average_buffers, init_distributed, p
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 CLAIMS = ROOT / ".docs/claims.tsv"
 BINS = 15
+MODES = "whole", "aligned", "sliding"
+STRIDE = 16  # of the encoders, or a multiple
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 df
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> logits [B, C, H, W]
@@ -112,11 +115,18 @@ def finite(value: float | Tensor) -> float | None:
 
 
 def class_probabilities(predict: Predict, images: Tensor, mode: str, crop: int) -> Tensor:
-    """Softmax of normalised images, float32 [B, C, H, W], by `mode` "whole" or "sliding".
+    """Softmax of normalised images, float32 [B, C, H, W], by one of MODES.
 
+    "whole": as they are. "aligned": the same, first continued beyond the right and lower border to
+    the crop's remainder by STRIDE. A convolution's stride s has feature i on pixel s i, enlarging
+    with aligned corners leaves it there only on s k + 1 pixels, as the papers' crops have.
     "sliding": averaged over windows of crop x crop pixels that overlap by a third. The last one of
     a row or column ends at the border; along a side shorter than the crop it is as long as that.
     """
+    height, width = images.shape[2:]
+    if mode == "aligned":
+        below, right = ((crop - side) % STRIDE for side in (height, width))
+        images = F.pad(images, (0, right, 0, below), mode="replicate")
     crop = crop if mode == "sliding" else max(images.shape[2:])  # one window of all
     stride = max(1, crop * 2 // 3)
     last_top, last_left = (max(size - crop, 0) for size in images.shape[2:])
@@ -131,7 +141,7 @@ def class_probabilities(predict: Predict, images: Tensor, mode: str, crop: int) 
                 total = probabilities.new_zeros(*probabilities.shape[:2], *images.shape[2:])
             total[..., rows, columns] += probabilities
             count[rows, columns] += 1
-    return total.div_(count)
+    return total.div_(count)[..., :height, :width]
 
 
 @torch.backends.cudnn.flags(enabled=True)  # benchmark=False: it would start anew for every size
@@ -438,7 +448,7 @@ def main() -> None:
     parser.add_argument("--per-class", action="store_true", help="the table of every class")
     parser.add_argument("--data-root", help="folder of the data set, if not where training had it")
     parser.add_argument("--split", default="val", choices=("val", "test", "tune", "unlabeled"))
-    parser.add_argument("--mode", choices=("whole", "sliding"), help="default: the data set's")
+    parser.add_argument("--mode", choices=MODES, help="default: the data set's")
     parser.add_argument("--threshold", type=float, help="confidence from which pseudo labels count")
     parser.add_argument("--set", type=change, nargs="+", action="extend", default=[],
                         metavar="NAME=VALUE", help="options to change in the checkpoint's config")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common.augment import normalize
 from common.data import PICTURES, TO_LABEL_ID, DatasetInfo, open_image
-from common.evaluate import Predict, change, class_probabilities, load_predictor
+from common.evaluate import MODES, Predict, change, class_probabilities, load_predictor
 from common.figures import overlay, save_indexed_png, save_png
 from common.medical import (VolumeInfo, min_max, read_volume, segment_volume, turn,
                             write_volume)
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path, help="pictures or volumes, or their folders")
     parser.add_argument("--checkpoint", required=True, help="best.pt or latest.pt of a run")
     parser.add_argument("--output", type=Path, default=Path("segmented"), help="folder of results")
-    parser.add_argument("--mode", choices=("whole", "sliding"), help="default: the data set's")
+    parser.add_argument("--mode", choices=MODES, help="default: the data set's")
     parser.add_argument("--set", type=change, nargs="+", action="extend", default=[],
                         metavar="NAME=VALUE", help="options to change in the checkpoint's config")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")

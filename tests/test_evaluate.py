@@ -19,7 +19,7 @@ from common import evaluate as ev
 from common import medical
 from common.augment import normalize
 from common.data import Data, DataOptions, Sample, dataset_info, load_data
-from common.models import DeepLabV3Plus
+from common.models import DeepLabV3Plus, resize
 from common.runtime import UserError, run_main
 from programs import error_of, on_ranks
 
@@ -110,6 +110,27 @@ def test_windows_are_averaged_as_probabilities(size, tops, lefts):
     torch.testing.assert_close(whole, expected, rtol=0, atol=0)  # float32 too
 
 
+@pytest.mark.parametrize("size, crop", [((40, 64), 33), ((49, 33), 321), ((53, 90), 17)])
+def test_aligned_pictures_keep_their_places(size, crop):
+    """A network with a stride, asked where its pixels are, says where they are."""
+    def network(images):
+        return resize(images[:, :2, ::16, ::16], images.shape[2:])
+
+    rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    places = torch.stack((rows, columns, rows)).double()[None] / 100
+    inside = (0, *(slice((side - 1) // 16 * 16) for side in size))  # up to the last one it sees
+    expected = (places[:, 0] - places[:, 1])[inside]
+
+    def error(mode: str) -> float:
+        log_probs = ev.class_probabilities(network, places, mode, crop).double().log()
+        assert log_probs.shape[2:] == size
+        found = (log_probs[:, 0] - log_probs[:, 1])[inside]
+        return 100 * (found - expected).abs().max().item()  # in pixels
+
+    assert error("aligned") < 1e-3
+    assert error("whole") < 1e-3 if size == (49, 33) else error("whole") > 1
+
+
 # ---------------------------------------------------------------- evaluation
 
 
@@ -184,7 +205,7 @@ def test_the_mode_is_the_one_of_the_data_set(data, network):
     ev.evaluate(network, data, "labeled", 16, CPU, 0)
     data.info = replace(INFO, evaluation="sliding")
     ev.evaluate(network, data, "labeled", 16, CPU, 0)
-    assert shapes == [(20, 30)] + 6 * [(16, 16)]
+    assert shapes == [(32, 32)] + 6 * [(16, 16)]
 
 
 def test_undefined_values_are_none(data, network):

@@ -124,10 +124,10 @@ def test_a_checkpoint_of_daw_as_a_program(monkeypatch, capfd, tmp_path):
     config = asdict(daw.Config(dataset="folder", classes="a,b,c", backbone="tiny", crop=16))
     content = {"format": 2, "method": "daw", "config": config, "model": model.state_dict()}
     torch.save(content, tmp_path / "c.pt")
-    write_picture(tmp_path / "x.png", 33, 20)
+    write_picture(tmp_path / "x.png", 33, 17)
     given = tmp_path / "x.png", "--checkpoint", tmp_path / "c.pt", "--output", tmp_path / "out"
     program = "common/predict.py", monkeypatch, capfd, *given
-    status, _, err = run_as_program(*program, "--set", "crop=24", "amp=false")
+    status, _, err = run_as_program(*program, "--set", "crop=33", "amp=false")
     assert status == 0, err
     image = torch.tensor(np.array(Image.open(tmp_path / "x.png")).transpose(2, 0, 1))[None]
     with torch.inference_mode():
