@@ -501,7 +501,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.number, self.agreed = 0, 0  # this rank's signal, and that of all ranks
+        self.number = 0  # of the signal that this process has got
         self.saved: int | None = None  # the iteration, where nothing is left to save
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -515,15 +515,15 @@ class StopSignal:
         elif time.monotonic() > self.since + 5:
             sys.exit(128 + number)
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and leave. Ranks agree on it, on the host, in every tenth step."""
+    def requested(self, step: int) -> int:
+        """The signal to leave for, or 0. Ranks agree on it, on the host, in every tenth step."""
         if self.group is None:
-            self.agreed = self.number
-        elif step % 10 == 0:
-            flag = torch.tensor(self.number)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-            self.agreed = int(flag)
-        return self.agreed > 0
+            return self.number
+        if step % 10 > 0:
+            return 0
+        number = torch.tensor(self.number)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
+        return int(number)
 
     def leave(self, step: int, number: int) -> None:
         say(f"stopped by {signal.Signals(number).name}; saved iteration {step}: "
@@ -555,11 +555,11 @@ class Milestones:
             self.stop.at_once(log.start)
 
     def after(self, step: int) -> None:
-        stops, evaluates = self.stop.requested(step), self.log.evaluation_is_due(step)
-        if stops or evaluates or step % self.save_every == 0:
+        stopped_by, evaluates = self.stop.requested(step), self.log.evaluation_is_due(step)
+        if stopped_by or evaluates or step % self.save_every == 0:
             self.checkpoint.save(step, self.log.pending)
-        if stops:
-            self.stop.leave(step, self.stop.agreed)
+        if stopped_by:
+            self.stop.leave(step, stopped_by)
         if evaluates:
             self.evaluate(step)
 

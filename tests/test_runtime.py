@@ -191,9 +191,9 @@ def test_ranks_wait_for_the_first_and_stop_together(tmp_path):
         for step in range(1, 41):
             if (rank, step) == (1, 13):
                 os.kill(os.getpid(), signal.SIGTERM)
-            if stop.requested(step):
+            if number := stop.requested(step):
                 break
-        return found, step, status_of(stop.leave, step, stop.agreed)
+        return found, step, status_of(stop.leave, step, number)
 
     assert on_ranks(work, tmp_path) == [(True, 20, 143)] * 2
 
@@ -218,7 +218,7 @@ def test_a_signal_in_one_process(capsys, monkeypatch):
     assert not stop.requested(1)
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)  # the launcher passes its own on
-    assert stop.requested(2) and status_of(stop.leave, 2, stop.agreed) == 130
+    assert status_of(stop.leave, 2, stop.requested(2)) == 130
     assert "SIGINT; saved iteration 2" in capsys.readouterr().out
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 6)
