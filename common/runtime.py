@@ -48,7 +48,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def run_main(main) -> None:
-    """Call `main()` and exit with its status; a UserError becomes one line and status 1."""
+    """Call `main()` and exit with its status; what the user can mend is one line and status 1."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
         status = main()
@@ -57,11 +57,6 @@ def run_main(main) -> None:
             dist.destroy_process_group()
     except SystemExit as leaving:
         status = leaving.code
-    except UserError as error:
-        # From a loader worker it arrives with a traceback around it; the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
-        complain(f"error: {line}")
-        status = 1
     except KeyboardInterrupt:  # before a StopSignal is there
         complain("stopped by SIGINT: nothing to save")
         status = 128 + signal.SIGINT
@@ -85,7 +80,9 @@ def run_main(main) -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """What the user can do about an error of PyTorch's; None where it is none of these."""
+    """What the user can do about an error, ours or PyTorch's; None where it is none of these."""
+    if isinstance(error, UserError):  # of a loader worker, below a traceback: the last line is ours
+        return str(error).strip().splitlines()[-1].removeprefix("common.runtime.UserError: ")
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"this needs the package {error.name}: pip install {error.name}"
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
