@@ -15,7 +15,6 @@ import argparse
 import csv
 import dataclasses
 import importlib
-import json
 import math
 import statistics
 import sys
@@ -30,9 +29,9 @@ from common import medical
 from common.augment import IGNORE, normalize
 from common.data import (Data, DataOptions, EvaluationSet, dataset_info, load_data,
                          make_loader)
-from common.figures import plot_calibration, sample_grid
+from common.figures import plot_calibration, read_lines, sample_grid
 from common.runtime import (all_reduce_sum, average_buffers, init_distributed, parse, rank,
-                            read_checkpoint, reading, require, run_main, say, world_size,
+                            read_checkpoint, read_json, reading, require, run_main, say, world_size,
                             write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
@@ -304,11 +303,6 @@ def require_runs(found: bool, folders: str) -> None:
     require(found, f"no finished run in {folders}: there is no <row>/seed<k>/results.json")
 
 
-def read_json(path: Path) -> dict:
-    with reading(path):
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def markdown(lines: list[list[str]]) -> str:
     """A table; the first line holds the titles."""
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -381,7 +375,7 @@ def quantity(run: Path, name: str) -> float | None:
         name = name or ("dice" if "dice" in found else "miou")
         if name in found or file:
             return found.get(name)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        lines = read_lines(run)
         begin = 2 / 3 * lines[-1]["iteration"]
         values = [line.get(name) for line in lines if line["iteration"] > begin]
     values = [value for value in values if value is not None]

@@ -353,6 +353,12 @@ def write_json(path: Path, value) -> None:
     write_lines(path, [json.dumps(value, indent=2, allow_nan=False)])
 
 
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote; {} where it has not yet."""
+    with reading(path):
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def read_tensors(path: str | Path):
     """What torch.save wrote, on the CPU. Raises UserError for anything else than tensors."""
     with reading(path):
@@ -587,9 +593,8 @@ class Log:
         self.images_per_step, self.metric = images_per_step, metric
         self.pending = checkpoint.pending
         self.results = {"method": checkpoint.method, "last": None, "best": None}
-        if start and (self.folder / "results.json").is_file():
-            with reading(self.folder / "results.json"):
-                self.results = json.loads((self.folder / "results.json").read_text())
+        if start:
+            self.results |= read_json(self.folder / "results.json")
         self.tensorboard = None
         if config["tensorboard"] and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
