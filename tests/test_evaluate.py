@@ -20,7 +20,7 @@ from common import medical
 from common.augment import normalize
 from common.data import Data, DataOptions, Sample, dataset_info, load_data
 from common.models import DeepLabV3Plus, resize
-from common.runtime import UserError, run_main
+from common.runtime import UserError, read_json, run_main, write_json
 from programs import error_of, on_ranks
 
 CPU = torch.device("cpu")
@@ -340,7 +340,7 @@ def test_command_for_images(checkpoint, command, data, drawn, tmp_path):
     torch.save(checkpoint, path)
     out, _ = command("--checkpoint", path, "--threshold", 0.3, "--mode", "sliding", "--output",
                      output, "--figure", tmp_path / "f.png", "--num-workers", 0, "--set", "crop=24")
-    results = json.loads(output.read_text())
+    results = read_json(output)
     assert "warning" not in out
     torch.save({**checkpoint, "config": checkpoint["config"] | {"lists": "other"}}, path)
     assert "lists of images are not those" in command("--checkpoint", path, "--num-workers", 0)[0]
@@ -381,7 +381,7 @@ def test_command_for_volumes(command, monkeypatch, tmp_path):
     monkeypatch.setattr(ev, "load_predictor", lambda *arguments: (Predict(), config, info))
     for flags in ([], ["--released-empty"]):
         out, _ = command("--checkpoint", "c.pt", "--volumes", folder, "--output", output, *flags)
-        results = json.loads(output.read_text())
+        results = read_json(output)
         expected = medical.evaluate_volumes(Predict(), files, info, 8, CPU, bool(flags))
         assert {name: results[name] for name in expected} == expected
         assert results["empty_masks"] == 4 and f"{results['dice']:.2f}" in out
@@ -390,7 +390,7 @@ def test_command_for_volumes(command, monkeypatch, tmp_path):
     (tmp_path / "lists" / "train.txt").write_text("patient0 a")
     (tmp_path / "lists" / "val.txt").write_text("patient1 b")
     command("--checkpoint", "c.pt", "--output", output)
-    assert list(json.loads(output.read_text())["scores"]) == ["b"]
+    assert list(read_json(output)["scores"]) == ["b"]
     assert "no test list" in command("--checkpoint", "c.pt", "--split", "test")[1]
     assert "no unlabeled" in command("--checkpoint", "c.pt", "--split", "unlabeled")[1]
     monkeypatch.setitem(sys.modules, "matplotlib", ev)  # as if it were installed
@@ -402,11 +402,10 @@ def test_command_for_volumes(command, monkeypatch, tmp_path):
 
 
 def write_run(folder: Path, iteration: int = 9, *, last: dict, **more) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"method": "daw", "iterations": 9}))
+    write_json(folder / "config.json", {"method": "daw", "iterations": 9})
     method = "diffrect" if "dice" in last else "daw"
     results = {"method": method, "last": {"iteration": iteration, **last}, "best": None, **more}
-    (folder / "results.json").write_text(json.dumps(results))
+    write_json(folder / "results.json", results)
 
 
 def cells(table: str) -> list[list[str]]:
@@ -472,7 +471,7 @@ def test_claims_are_paired_by_seed(command, tmp_path, monkeypatch):
             (run / "metrics.jsonl").write_text("".join(
                 json.dumps({"iteration": k, "e1": 9 if k < 7 else k, "e2": 100}) + "\n"
                 for k in range(10)))
-            (run / "steps_1.json").write_text(json.dumps({"miou": miou - 1 - seed}))
+            write_json(run / "steps_1.json", {"miou": miou - 1 - seed})
     write_run(tmp_path / "runs/a/seed9", last=of_images(0.0))  # nothing to pair it with
     (tmp_path / "runs/a/seed9/metrics.jsonl").write_text('{"iteration": 9}\n')
     title, *table = cells(command("--claims", tmp_path / "runs")[0])

@@ -3,7 +3,6 @@
 A process costs seconds before its first step: where nobody kills it, a program runs in this one.
 """
 
-import json
 import signal
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from common import augment
 from common.data import DATASETS
-from common.runtime import run_main
+from common.runtime import read_json, run_main
 from conftest import write_voc
 from programs import (QUICK, assert_same_run, interrupt, log_of, ranks_draw_apart, recorded, refuse,
                       run, run_as_program, sigterm_at, start, state, succeed)
@@ -48,10 +47,6 @@ def here(monkeypatch, capfd):
     return run_here
 
 
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
-
-
 def stop_at_next(file: Path, number: int, command: list) -> tuple[int, str, str]:
     """Start the program and send the signal as soon as the file is written (again)."""
     def written() -> int:
@@ -70,7 +65,7 @@ def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(pictures, tmp_
     assert f"iteration {STEPS}: miou" in out
     names = {path.name for path in whole.iterdir()}
     assert {"config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt"} < names
-    assert results_of(whole)["last"]["images"] == 5
+    assert read_json(whole / "results.json")["last"]["images"] == 5
 
     command = ["daw.py", *options(pictures, folder)]
     status, out, err = stop_at_next(folder / "metrics.jsonl", signal.SIGTERM, command)
@@ -98,10 +93,10 @@ def test_two_ranks_train_and_evaluate_every_image_once(pictures, tmp_path, here)
     assert out.count("iteration 12: miou") == 1 and ranks_draw_apart(folder)
     lines = [line["iteration"] for line in log_of(folder)]
     assert lines == sorted([*range(1, STEPS + 1), 6, STEPS])  # of one rank
-    best = results_of(folder)["best"]
+    best = read_json(folder / "results.json")["best"]
     here("common/evaluate.py", "--checkpoint", folder / "best.pt", "--data-root", pictures,
          "--output", tmp_path / "alone.json", "--device", "cpu", "--num-workers", "0")
-    alone = json.loads((tmp_path / "alone.json").read_text())
+    alone = read_json(tmp_path / "alone.json")
     assert alone["images"] == best["images"] == 5 and alone["confusion"] == best["confusion"]
     assert alone["ece"] == pytest.approx(best["ece"], rel=1e-6)
 
@@ -130,7 +125,8 @@ def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
     assert rates == pytest.approx([rate * (1 - 2 / 4) ** 0.9 for rate in (0.02, 5 * 0.02)])
     assert {(group["momentum"], group["weight_decay"]) for group in groups} == {(0.9, 0.001)}
     assert run_as_program(*program, tmp_path / "run")[0] == 0
-    assert results_of(tmp_path / "run")["last"]["images"] == 1  # where the val list has four
+    last = read_json(tmp_path / "run" / "results.json")["last"]
+    assert last["images"] == 1  # where the val list has four
     photometry = DATASETS["shapes"].photometry.scaled(0.5)
     assert {given for _, given in augmented} == {photometry}
     assert "no.pth" in refuse(*program, tmp_path / "none", "--weights", "no.pth")

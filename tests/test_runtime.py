@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import math
 import multiprocessing
 import os
@@ -377,7 +376,7 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
     ours, theirs = [(run.folder / "results.json").read_text() for run in (resumed, whole)]
     assert ours == theirs and log_of(resumed.folder) == log_of(whole.folder)
     assert [line["iteration"] for line in log_of(whole.folder)] == [10, 10, 20, 20]
-    config = json.loads((whole.folder / "config.json").read_text())
+    config = runtime.read_json(whole.folder / "config.json")
     assert config == {"method": "daw", **whole.checkpoint.config}
     assert len(os.listdir(whole.folder)) == 6 and ".lock" in os.listdir(whole.folder)
 
@@ -503,7 +502,7 @@ def test_results_hold_the_last_and_the_best(tmp_path, capsys):
         log.evaluation(step, {"miou": score})
     assert best == [True, True, False, False] and "best 70.00 at 5" in capsys.readouterr().out
     log.write_results(test={"dice": 1.0})
-    assert json.loads((tmp_path / "results.json").read_text()) == {
+    assert runtime.read_json(tmp_path / "results.json") == {
         "method": "daw", "last": {"iteration": 8, "miou": 70.0},
         "best": {"iteration": 5, "miou": 70.0}, "test": {"dice": 1.0}}
     resumed = log_in(tmp_path, start=8)
