@@ -643,16 +643,12 @@ class TrainingSet(Dataset):
     crop: int
     seed: int
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, tuple]:
         stream, index, position = key
         sample = (self.data.labeled, self.data.unlabeled)[stream][index]
         image, mask = read_sample(sample, self.data.root, self.data.info.num_classes)
         rng = np.random.default_rng([self.seed, stream, position])
-        image, mask, valid = weak_geometry(image, mask, self.crop, self.data.info.scale, rng)
-        item = {"image": torch.from_numpy(image), "valid": torch.from_numpy(valid)}
-        if mask is not None:
-            item["label"] = torch.from_numpy(mask)
-        return {**item, "stream": stream}
+        return stream, weak_geometry(image, mask, self.crop, self.data.info.scale, rng)
 
 
 # ---------------------------------------------------------------- batches
@@ -688,20 +684,18 @@ class TrainingBatches:
         return stream, int(shuffled(self.sizes[stream], self.seed, stream, number)[place]), position
 
 
-def collate_training(items: list[dict]) -> dict[str, Tensor]:
+def collate_training(items: list[tuple[int, tuple]]) -> dict[str, Tensor]:
     """{"labeled": uint8 [b, 3, S, S], "label": uint8 [b, S, S], "unlabeled", "valid": bool}.
 
-    Also "truth", the labels of unlabeled images, where they are known.
+    Also "truth", the labels of unlabeled images, where they are known. An item is a stream's number
+    and the arrays image, label or None, valid.
     """
-
-    def stack(name: str, stream: int) -> Tensor:
-        return torch.stack([item[name] for item in items if item["stream"] == stream])
-
-    batch = {"labeled": stack("image", 0), "label": stack("label", 0)}
-    if items[-1]["stream"] == 1:
-        batch |= {"unlabeled": stack("image", 1), "valid": stack("valid", 1)}
-        if "label" in items[-1]:
-            batch["truth"] = stack("label", 1)
+    batch = {}
+    for number, names in enumerate((("labeled", "label"), ("unlabeled", "truth", "valid"))):
+        columns = zip(*(views for stream, views in items if stream == number))
+        for name, arrays in zip(names, columns):
+            if arrays[0] is not None:
+                batch[name] = torch.from_numpy(np.stack(arrays))
     return batch
 
 

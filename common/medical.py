@@ -283,13 +283,11 @@ class SliceSet(Dataset):
     def __init__(self, streams: list[list[tuple]], seed: int):
         self.streams, self.seed = streams, seed
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, tuple]:
         stream, index, position = key
         rng = np.random.default_rng([self.seed, stream, position])
         image, label, valid = slice_geometry(*self.streams[stream][index], rng)
-        item = {"stream": stream, "image": torch.from_numpy(image)[None]}
-        item["valid"] = torch.from_numpy(valid)
-        return item if label is None else {**item, "label": torch.from_numpy(label)}
+        return stream, (image[None], label, valid)
 
 
 def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start: int, total: int,

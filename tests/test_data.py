@@ -197,8 +197,8 @@ def test_options_for_the_views(voc):
     assert info.scale == (0.5, 2) and info.photometry == (0.5, (0.1, 2))
     info = load_data(replace(voc, resize=1.25, photometry=0)).info
     assert info.scale == (0.8, 1.25) and info.photometry == (0, (0.1, 0.1))
-    sizes = {TrainingSet(load_data(replace(voc, resize=1)), 64, 0)[0, 0, k]["valid"].sum().item()
-             for k in range(4)}
+    views = TrainingSet(load_data(replace(voc, resize=1)), 64, 0)
+    sizes = {valid.sum() for _, (_, _, valid) in (views[0, 0, position] for position in range(4))}
     assert len(sizes) == 1  # never resized, and smaller than the crop
 
 
@@ -740,10 +740,10 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
     training = TrainingSet(data, 49, 0)
     for batch, step in zip(alone, TrainingBatches([3, 6], 4, 0, 0, 4), strict=True):
         for n, key in enumerate(step):
-            item = training[key]
-            images, other = [("labeled", "label"), ("unlabeled", "valid")][n // 4]
-            assert torch.equal(batch[images][n % 4], item["image"])
-            assert torch.equal(batch[other][n % 4], item[other])
+            _, (image, label, valid) = training[key]
+            views = [{"labeled": image, "label": label}, {"unlabeled": image, "valid": valid}]
+            for name, view in views[n // 4].items():
+                assert np.array_equal(batch[name][n % 4], view)
     assert {name: (value.dtype, tuple(value.shape)) for name, value in alone[0].items()} == {
         "labeled": (torch.uint8, (4, 3, 49, 49)), "label": (torch.uint8, (4, 49, 49)),
         "unlabeled": (torch.uint8, (4, 3, 49, 49)), "valid": (torch.bool, (4, 49, 49))}

@@ -245,7 +245,7 @@ def test_views_are_drawn_evenly_by_seed_stream_and_position():
     upright = [image, image[::-1], image[:, ::-1], image[::-1, ::-1]]
     views = medical.SliceSet([[], [(image.T, None), (image, None)]], seed=5)
     for position in range(800):
-        out = views[1, 1, position]["image"][0].numpy()
+        _, ((out,), *_) = views[1, 1, position]
         rng = np.random.default_rng([5, 1, position])
         assert np.array_equal(out, medical.slice_geometry(image, None, rng)[0])
         counts += [np.array_equal(out, view) for view in upright]
