@@ -68,7 +68,7 @@ class DatasetInfo:
     classes: tuple[str, ...]
     default_labeled: str
     palette: tuple[tuple[int, int, int], ...] = voc_palette()  # RGB of the classes
-    embedded: bool = False  # made on first use
+    embedded: bool = False  # made on first use; unlabeled images' masks are read for the log alone
     backbone: str = "resnet101"
     crop: int = 321
     scale: tuple[float, float] = (0.5, 2.0)  # the weak view's random resize
@@ -81,7 +81,6 @@ class DatasetInfo:
     ohem: float = 0.0  # labeled pixels up to this probability are hard; 0: all count
     evaluation: str = "whole"  # or another way of `class_probabilities`
     eval_batch: int = 1  # more only where all images have one size
-    unlabeled_truth: bool = False  # masks of unlabeled images may be read, for the log alone
 
     @property
     def num_classes(self) -> int:
@@ -92,7 +91,7 @@ def shapes(name: str, crop: int, epochs: int) -> DatasetInfo:
     return DatasetInfo(
         name, SHAPES[name].classes, "24", embedded=True, backbone="tiny", crop=crop,
         scale=(0.7, 1.4), photometry=Photometry(blur=(0.1, 1.0)), epochs=epochs, lr=0.01,
-        head_lr_multiplier=3, eval_batch=20, unlabeled_truth=True)
+        head_lr_multiplier=3, eval_batch=20)
 
 
 DATASETS = {info.name: info for info in (
@@ -490,7 +489,7 @@ def load_data(options: DataOptions) -> Data:
         labeled = [known.get(sample.name, sample) for sample in labeled]
     taken = {sample.image for sample in labeled}
     unlabeled = [sample for sample in full if sample.image not in taken]
-    if not info.unlabeled_truth or not all(sample.mask for sample in unlabeled):
+    if not info.embedded or not all(sample.mask for sample in unlabeled):
         unlabeled = [Sample(sample.image, None) for sample in unlabeled]
     if options.labeled_list:
         labeled_name = Path(options.labeled_list).stem

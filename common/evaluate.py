@@ -477,7 +477,7 @@ def main() -> None:
             files, results["split"] = medical.volumes_in(args.volumes), str(args.volumes)
         else:
             options = data_options(config, medical.VolumeOptions)
-            require(args.split != "unlabeled" or info.unlabeled_truth,
+            require(args.split != "unlabeled" or info.embedded,
                     f"{info.name} has no unlabeled volumes with labels")
             data = medical.load_volumes(dataclasses.replace(options, lists=None))
             warn_of_other_lists(config, data.digest)

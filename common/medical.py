@@ -35,7 +35,7 @@ class VolumeInfo:
     name: str
     classes: tuple[str, ...]
     default_labeled: str  # patients
-    embedded: bool
+    embedded: bool  # made on first use; unlabeled slices' labels are read for the log alone
     crop: int  # slices are resized to crop x crop
     channels: int  # of the U-Net's first level
     batch_size: int  # labeled slices a step, and as many unlabeled ones
@@ -47,7 +47,6 @@ class VolumeInfo:
     warmup: float  # share of these iterations before they are used
     adjust: tuple[float, float]  # strong view: factors of contrast, sharpness and brightness
     blur: tuple[float, float]  # strong view: sigma, pixels
-    unlabeled_truth: bool  # labels of unlabeled slices may be read, for the log alone
 
     @property
     def num_classes(self) -> int:
@@ -56,14 +55,12 @@ class VolumeInfo:
 
 PHANTOM = VolumeInfo("phantom", CARDIAC_CLASSES, "3", embedded=True, crop=64, channels=8,
                      batch_size=4, lr=0.02, iterations=1200, consistency=1.0, rampup=0.3,
-                     rectify_weight=0.3, warmup=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0),
-                     unlabeled_truth=True)
+                     rectify_weight=0.3, warmup=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0))
 LARGE = replace(PHANTOM, name="phantom_large", crop=128, channels=16, iterations=10_000)
 # DiffRect's released recipe.
 ACDC = VolumeInfo("acdc", CARDIAC_CLASSES, "7", embedded=False, crop=256, channels=16,
                   batch_size=3, lr=0.01, iterations=30_000, consistency=0.1, rampup=1.0,
-                  rectify_weight=1.0, warmup=1 / 30, adjust=(1.0, 1.1), blur=(0.1, 1.0),
-                  unlabeled_truth=False)
+                  rectify_weight=1.0, warmup=1 / 30, adjust=(1.0, 1.1), blur=(0.1, 1.0))
 MSCMRSEG = replace(ACDC, name="mscmrseg")
 PROSTATE = replace(ACDC, name="prostate", default_labeled="2",
                    classes=("background", "peripheral zone", "transition zone"))
@@ -297,7 +294,7 @@ def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start:
     classes = data.info.num_classes
     streams = [read_slices(data.labeled, classes, crop, with_labels=True)]
     if unlabeled:
-        streams.append(read_slices(data.unlabeled, classes, crop, data.info.unlabeled_truth))
+        streams.append(read_slices(data.unlabeled, classes, crop, data.info.embedded))
     batches = TrainingBatches([len(pairs) for pairs in streams], batch_size, seed, start, total)
     return make_loader(SliceSet(streams, seed), device, num_workers,
                        batch_sampler=batches, collate_fn=collate_training)

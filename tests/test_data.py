@@ -757,7 +757,8 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
 
 
 def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_path, monkeypatch):
-    monkeypatch.setitem(DATASETS, "pascal", replace(DATASETS["pascal"], unlabeled_truth=True))
+    monkeypatch.setitem(DATASETS, "pascal", replace(DATASETS["pascal"], embedded=True))
+    monkeypatch.setattr(module, "generate", lambda root, name: None)
     (batch,) = batches_of(load_data(voc), total=1)
     outside = batch["truth"][~batch["valid"]]
     assert batch["truth"].shape == (4, 49, 49) and len(outside) and (outside == 255).all()
