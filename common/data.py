@@ -770,7 +770,7 @@ def main() -> None:
     print(f"{data.info.name} in {data.root}")
     shares, problems, turned = {}, [], 0
     for name in ("labeled", "unlabeled", "val", "tune"):
-        sizes, pixels = [(0, 0)], np.zeros(IGNORE + 1, np.int64)
+        sizes, pixels = [], np.zeros(IGNORE + 1, np.int64)
         for sample in getattr(data, name):
             try:
                 image, mask = read_sample(sample, data.root, data.info.num_classes)
@@ -781,8 +781,8 @@ def main() -> None:
             if mask is not None:
                 turned += is_turned(data.root / sample.image)
                 pixels += np.bincount(mask.ravel(), minlength=IGNORE + 1)
-        widths, heights = np.array(sizes[1:] or sizes).T
-        print(f"{name:10}{len(sizes) - 1:7} images, {widths.min()} to {widths.max()} pixels wide, "
+        widths, heights = np.array(sizes or [(0, 0)]).T
+        print(f"{name:10}{len(sizes):7} images, {widths.min()} to {widths.max()} pixels wide, "
               f"{heights.min()} to {heights.max()} high")
         if pixels.any():
             shares[name] = 100 * pixels / max(1, pixels[:IGNORE].sum())  # of what is not ignored
