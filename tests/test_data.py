@@ -640,11 +640,10 @@ def test_masks_that_cannot_be(tmp_path):
     assert "PNG" in error_of(open_mask, tmp_path / "mask.jpg", 21)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4])  # 1 and 8: above
 def test_masks_of_few_bits_hold_their_own_numbers(bits, tmp_path):
-    values = np.arange(12, dtype=np.uint8).reshape(3, 4) % min(2**bits, 12)
-    image = Image.fromarray(values.astype(bool)) if bits == 1 else Image.fromarray(values)
-    image.save(tmp_path / "mask.png", bits=bits)
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4) % 2**bits
+    Image.fromarray(values).save(tmp_path / "mask.png", bits=bits)
     assert (tmp_path / "mask.png").read_bytes()[24] == bits
     assert np.array_equal(open_mask(tmp_path / "mask.png", 21), values)
 
