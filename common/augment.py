@@ -26,8 +26,8 @@ def weak_geometry(image: Image.Image, mask: np.ndarray | None, crop: int, scale,
     """
     long_side = max(image.size)
     least, most = (int(long_side * factor) for factor in scale)
-    factor = int(rng.integers(least, most, endpoint=True))
-    width, height = (max(1, int(side * factor / long_side + 0.5)) for side in image.size)
+    drawn = int(rng.integers(least, most, endpoint=True))  # the new long side
+    width, height = (max(1, int(side * drawn / long_side + 0.5)) for side in image.size)
     top = int(rng.integers(0, max(height - crop, 0), endpoint=True))
     left = int(rng.integers(0, max(width - crop, 0), endpoint=True))
     bottom, right = min(top + crop, height), min(left + crop, width)
