@@ -250,7 +250,8 @@ def published_list(dataset: str, name: str, root: Path, download: bool) -> Path:
     path = root / "splits" / repository.replace("/", "_") / commit[:10] / source["path"]
     url = f"https://raw.githubusercontent.com/{repository}/{commit}/{source['path']}"
     if path.is_file():
-        content, where = path.read_bytes(), path
+        with reading(path):
+            content, where = path.read_bytes(), path
     else:
         require(download, f"no list at {path}: --download fetches it from {url}, or give your own "
                           f"--labeled-list and --unlabeled-list")
