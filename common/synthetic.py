@@ -438,19 +438,17 @@ def write_phantom(folder: Path, dials: SimpleNamespace) -> None:
     """volumes/patientNNN_{ED, ES}.npz (see common.medical), lists/{train, train_split1,
     train_split2, val, test}.txt with lines "<patient> <volume>", classes.txt."""
     volumes, lists, number = folder / "volumes", folder / "lists", 0
-    for part in (volumes, lists):
-        part.mkdir(parents=True)
+    volumes.mkdir(parents=True)
     for s, split in enumerate(("train", "val", "test")):
         patients = []  # their lines in the list, two for each
         for i in range(getattr(dials, split)):
-            number, lines = number + 1, []
+            number += 1
+            patient = f"patient{number:03d}"
             rng = np.random.default_rng([dials.seed, s, i])
             for phase, image, label, spacing in draw_patient(dials, rng):
-                name = f"patient{number:03d}_{phase}"
-                arrays = {"image": image, "label": label, "spacing": np.array(spacing)}
-                np.savez_compressed(volumes / f"{name}.npz", **arrays)
-                lines.append(f"patient{number:03d} {name}")
-            patients.append("\n".join(lines))
+                np.savez_compressed(volumes / f"{patient}_{phase}.npz",
+                                    image=image, label=label, spacing=spacing)
+            patients.append(f"{patient} {patient}_ED\n{patient} {patient}_ES")
         write_lines(lists / f"{split}.txt", patients)
         if split == "train":  # three orders: the labeled patients are the first ones of a list
             for order, suffix in enumerate(("", "_split1", "_split2")):
