@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from common.augment import normalize
-from common.backbones import build_encoder
+from common.backbones import DEFAULT_WEIGHTS, build_encoder
 from common.figures import voc_palette
 from common.runtime import option, parse, require, run_main, write_atomically, write_lines
 
@@ -526,8 +526,8 @@ def pooled_features(encoder: nn.Module, x: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def pretrain(backbone: str, output: Path, epochs: int, pictures: int, seed: int = 7) -> float:
-    """Write the encoder's state dict in float16; returns the accuracy on held-out pictures."""
+def pretrain(backbone: str, output: Path, epochs: int, pictures: int, seed: int = 7) -> None:
+    """Write the encoder's state dict in float16; prints the accuracy on held-out pictures."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = [i % len(TEXTURES) for i in range(pictures)]
@@ -559,12 +559,10 @@ def pretrain(backbone: str, output: Path, epochs: int, pictures: int, seed: int 
         with torch.no_grad():
             features = [pooled_features(encoder, part) for part in x[:held_out].split(256)]
             right = net[1](torch.cat(features)).argmax(dim=1) == y[:held_out]
-        accuracy = right.float().mean().item()
+        accuracy = right.float().mean()
         print(f"epoch {epoch + 1}  loss {loss:.6f}  held-out accuracy {accuracy:.3f}", flush=True)
-    state = {key: value.cpu().half() if value.is_floating_point() else value.cpu()
-             for key, value in encoder.state_dict().items()}
+    state = dict(encoder.cpu().half().state_dict())  # counters stay whole numbers
     write_atomically(output, lambda temporary: torch.save(state, temporary))
-    return accuracy
 
 
 # ---------------------------------------------------------------- command line
@@ -584,9 +582,8 @@ def main() -> None:
     require(bool(config.dataset) != bool(config.encoder), "give --dataset or --encoder")
     if config.dataset:
         return generate(config.output or f"data/{config.dataset}", config.dataset)
-    file, epochs, pictures = {"tiny": ("tiny_encoder.pt", 10, 16000),
-                              "tiny_vit": ("tiny_vit.pt", 24, 24000)}[config.encoder]
-    pretrain(config.encoder, Path(config.output or Path(__file__).with_name(file)),
+    epochs, pictures = {"tiny": (10, 16000), "tiny_vit": (24, 24000)}[config.encoder]
+    pretrain(config.encoder, Path(config.output or DEFAULT_WEIGHTS[config.encoder]),
              config.epochs or epochs, config.pictures or pictures)
 
 
