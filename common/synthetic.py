@@ -136,9 +136,8 @@ def blob(dials: SimpleNamespace, rng: np.random.Generator) -> np.ndarray:
     stretch = dials.elongation ** rng.uniform(-0.5, 0.5)
     x, y = (x - center_x) * stretch, (y - center_y) / stretch
     angle, radius = np.arctan2(y, x), rng.uniform(*dials.radius)
-    waves = 0
-    for k in range(1, 5):
-        waves = waves + rng.standard_normal() * np.sin(k * angle + rng.uniform(0, math.tau))
+    waves = sum(rng.standard_normal() * np.sin(k * angle + rng.uniform(0, math.tau))
+                for k in range(1, 5))
     return np.hypot(x, y) < radius * (1 + dials.irregularity * waves)
 
 
@@ -180,10 +179,9 @@ def draw_shapes(dials: SimpleNamespace, rng: np.random.Generator, textures: list
     grey = image.mean(axis=2, keepdims=True)
     image = np.clip(grey + saturation * (image - grey), 0, 1)
 
-    border = np.zeros(label.shape, bool)
-    border[:, :-1] |= label[:, :-1] != label[:, 1:]
-    border[:-1] |= label[:-1] != label[1:]
-    label[border] = 255
+    right = np.diff(label, axis=1, append=label[:, -1:])
+    lower = np.diff(label, axis=0, append=label[-1:])
+    label[(right != 0) | (lower != 0)] = 255
     return (255 * image).round().astype(np.uint8), label
 
 
