@@ -29,9 +29,9 @@ MARGIN, SWATCH, FONT_SIZE = 8, 12, 13  # pixels
 FONT = ImageFont.load_default(FONT_SIZE)
 
 
-def voc_palette(n: int = 256) -> tuple[tuple[int, int, int], ...]:
+def voc_palette() -> tuple[tuple[int, int, int], ...]:
     """PASCAL VOC: bits 0, 1, 2 of a label are the top bits of R, G, B, bits 3, 4, 5 the next."""
-    label, colors = np.arange(n)[:, None], np.zeros((n, 3), int)
+    label, colors = np.arange(256)[:, None], np.zeros((256, 3), int)
     for bit in range(8):
         colors |= (label >> (3 * bit + np.arange(3)) & 1) << (7 - bit)
     return tuple(map(tuple, colors.tolist()))
