@@ -210,20 +210,23 @@ def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], path: str |
 SIGNS = {"pos": ("right", "tab:green"), "neg": ("wrong", "tab:red")}
 
 
-def draw_densities(axes, column: dict[str, np.ndarray], k: int, title: str = "") -> None:
-    """Line k of the log: fitted densities of right and of wrong predictions' confidences, t*."""
-    p = np.linspace(column["lowest"][k], 1, 400)
-    for sign, (name, color) in SIGNS.items():
-        density = np.exp(-(((p - column[f"mu_{sign}"][k]) / column[f"sigma_{sign}"][k]) ** 2) / 2)
-        axes.plot(p, density / (density.mean() * (1 - p[0])), color=color, label=name)
-    axes.axvline(column["t_star"][k], color="black", linestyle="--")
-    axes.set(xlabel="confidence", title=f"{title}iteration {column['iteration'][k]:.0f}")
+def draw_densities(pair, column: dict[str, np.ndarray], title: str = "") -> None:
+    """Fitted densities of right and of wrong predictions' confidences, and t*: on the first axes
+    after a tenth of the training, as averages begin far off, on the second at its end."""
+    for axes, k in zip(pair, (len(column["iteration"]) // 10, -1)):
+        p = np.linspace(column["lowest"][k], 1, 400)
+        for sign, (name, color) in SIGNS.items():
+            mu, sigma = column[f"mu_{sign}"][k], column[f"sigma_{sign}"][k]
+            density = np.exp(-(((p - mu) / sigma) ** 2) / 2)
+            axes.plot(p, density / (density.mean() * (1 - p[0])), color=color, label=name)
+        axes.axvline(column["t_star"][k], color="black", linestyle="--")
+        axes.set(xlabel="confidence", title=f"{title}iteration {column['iteration'][k]:.0f}")
 
 
 def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
     """DAW, Figure 2; beside it the densities after a tenth of the training, and at its end."""
     column = columns_of(lines, "t_star")
-    steps, (figure, (time, early, late)) = column["iteration"], panels(3.6, 4.3, 4.3, 4.3)
+    steps, (figure, (time, *pair)) = column["iteration"], panels(3.6, 4.3, 4.3, 4.3)
     for sign, (name, color) in SIGNS.items():
         mu, sigma = column[f"mu_{sign}"], column[f"sigma_{sign}"]
         time.plot(steps, mu, color=color, label=name)
@@ -231,22 +234,18 @@ def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
     time.plot(steps, column["t_star"], "k--", label="t*")
     time.set(xlabel="iteration", ylabel="confidence", ylim=(0, 1.05))
     time.legend()
-    draw_densities(early, column, len(steps) // 10)  # averages begin far off
-    draw_densities(late, column, -1)
+    draw_densities(pair, column)
     save_figure(figure, path)
 
 
-def compare_distributions(runs: dict[str, Sequence[dict]], path: str | Path) -> None:
-    """DAW, Figure 4: the densities of runs {name: lines}, a row each, after a tenth of the training
-    and at its end."""
+def compare_distributions(runs: dict[Path, Sequence[dict]], path: str | Path) -> None:
+    """DAW, Figure 4: the densities of runs {folder: lines}, a row each."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 2.6 * len(runs)), layout="constrained")
     rows = figure.subplots(len(runs), 2, squeeze=False, sharex=True, sharey="col")
-    for (name, lines), (early, late) in zip(runs.items(), rows):
-        column, name = columns_of(lines, "t_star"), "/".join(Path(name).parts[-2:])
-        draw_densities(early, column, len(column["iteration"]) // 10, f"{name}, ")
-        draw_densities(late, column, -1, f"{name}, ")
+    for (folder, lines), pair in zip(runs.items(), rows):
+        draw_densities(pair, columns_of(lines, "t_star"), "/".join(folder.parts[-2:]) + ", ")
     rows[0, 0].legend([*(name for name, _ in SIGNS.values()), "t*"])
     save_figure(figure, path)
 
@@ -321,12 +320,12 @@ def main():
             curves = json.loads((folder / "landscape.json").read_text())
         labels = {"loss": "training loss", "miou": "mIoU (%)"}
         return plot_landscape(curves, labels, folder / "landscape.png")
-    runs = {str(run): read_lines(run) for run in (folder, *others)}
+    runs = {run: read_lines(run) for run in (folder, *others)}
     if others:
         for run, lines in runs.items():
             require(any("t_star" in line for line in lines), f"{run} has no t_star to compare")
         return compare_distributions(runs, folder / "comparison.png")
-    lines = runs[str(folder)]
+    lines = runs[folder]
     keys = sorted({key for line in lines for key in line})
     classes = [key.removeprefix("pseudo ") for key in keys if key.startswith("pseudo ")]
     require("t_star" in keys or "cosine" in keys or classes,
