@@ -64,7 +64,7 @@ class Config(DataOptions, RunOptions):
     discriminative: bool = option(False, "baseline of Table 5: the same layers, no noisy mask")
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
-    crop: int | None = option(None, "training crop in pixels", low=16)
+    crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
     batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)

@@ -108,8 +108,9 @@ DATASETS = {info.name: info for info in (
         backbone="xception65", crop=513, epochs=30, lr=0.004),
     DatasetInfo(
         "camvid", tuple(CAMVID), "30", palette=tuple(CAMVID.values()), backbone="mobilenet_v2",
-        crop=160, epochs=72, lr=0.02, head_lr_multiplier=5, eval_batch=8),
-    DatasetInfo("lucchi", ("background", "mitochondrion"), "10", crop=512, epochs=400),
+        crop=161, epochs=72, lr=0.02, head_lr_multiplier=5, evaluation="aligned", eval_batch=8),
+    DatasetInfo("lucchi", ("background", "mitochondrion"), "10", crop=513, epochs=400,
+                evaluation="aligned"),
     DatasetInfo("folder", (), "all", backbone="resnet50", evaluation="aligned"),
 )}
 
