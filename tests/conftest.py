@@ -18,12 +18,14 @@ from programs import run_as_program
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 
 
-@pytest.fixture
-def keep_signal_handlers():
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@pytest.fixture(autouse=True)
+def signals_given_back():
     """A training takes SIGTERM and SIGINT; pytest wants them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
@@ -47,7 +49,7 @@ def shapes(shapes_folder, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def program(request, shapes, monkeypatch, capfd, keep_signal_handlers):
+def program(request, shapes, monkeypatch, capfd):
     """Run NAME.py from test_NAME.py with its SHORT and further options: (status, out, err)."""
     script = request.module.__name__.removeprefix("test_") + ".py"
     return functools.partial(run_as_program, script, monkeypatch, capfd, *request.module.SHORT,

@@ -75,18 +75,18 @@ def refuse(script: str, monkeypatch, capfd, *arguments) -> str:
     return lines[0]
 
 
-@contextlib.contextmanager
-def sigterm_at(step: int, folder: Path):
-    """Inside, a training in this process with this run folder gets the signal in that step."""
+def stop_at(step: int, folder: Path, program, *arguments) -> None:
+    """Run the program in this process; in that step of the run in `folder` it gets a SIGTERM."""
     def step_and_signal(log, number, terms):
         if number == step and log.folder == folder:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(log, number, terms)
 
     original = runtime.Log.step
-    runtime.Log.step = step_and_signal
-    yield
-    runtime.Log.step = original
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Log, "step", step_and_signal)
+        status, *_ = program(*arguments)
+    assert status == 128 + signal.SIGTERM and state(folder)["iteration"] == step
 
 
 def on_ranks(work, folder: Path, ranks: int = 2, timeout: float = 100) -> list:

@@ -272,7 +272,7 @@ def train(root, folder, *options):
     daw.train(runtime.parse(daw.Config, argv=[*QUICK, *where, *options]))
 
 
-def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, keep_signal_handlers):
+def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path):
     train(shapes, tmp_path / "one", "--ema-decay", "0.5", "--iterations", "1")
     one = state(tmp_path / "one")  # min(1 - 1 / 1, 0.5) of the old average: nothing is left of it
     assert_identical(one["ema"], one["model"])
@@ -290,7 +290,7 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path, kee
 @pytest.mark.parametrize("options", [
     ["--supervised", "--strong-labeled", "--labeled", "all"],
     ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations"]])
-def test_variants_train(options, shapes, tmp_path, monkeypatch, keep_signal_handlers):
+def test_variants_train(options, shapes, tmp_path, monkeypatch):
     augmented = recorded(monkeypatch, daw, "strong_augment")
     shown = recorded(monkeypatch, daw.DeepLabV3Plus, "forward")
     train(shapes, tmp_path, "--iterations", "2", *options)
@@ -315,8 +315,7 @@ class Pointwise(nn.Conv2d):
         return [{"params": list(self.parameters()), "lr": lr}]
 
 
-def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, request,
-                                                 keep_signal_handlers):
+def test_two_ranks_learn_what_one_process_learns(shapes, tmp_path, monkeypatch, request):
     """In float64, where sums hardly round; nothing is drawn but the order of the images."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(daw, "DeepLabV3Plus", Pointwise)

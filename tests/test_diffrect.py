@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -455,10 +454,7 @@ def configured(*arguments) -> diffrect.Config:
 def trained(hearts, tmp_path_factory) -> Path:
     """A finished run, never interrupted."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     diffrect.train(configured(*LONGER, "--data-root", hearts, "--output", folder))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return folder
 
 
@@ -520,8 +516,7 @@ def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
     assert len(shown) == 10 and warned == [step > 60 for step in range(10, 110, 10)]
 
 
-def test_an_interrupted_run_ends_with_identical_bits(trained, hearts, tmp_path, monkeypatch,
-                                                     keep_signal_handlers):
+def test_an_interrupted_run_ends_with_identical_bits(trained, hearts, tmp_path, monkeypatch):
     command = configured(*LONGER, "--data-root", hearts, "--output", tmp_path)
     step = diffrect.Log.step
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -545,7 +540,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_variants_train(name, hearts, tmp_path, monkeypatch, keep_signal_handlers):
+def test_variants_train(name, hearts, tmp_path, monkeypatch):
     views, shown, built = (recorded(monkeypatch, *of) for of in (
         (diffrect, "strong_view"), (diffrect.UNet, "forward"), (diffrect, "Rectifier")))
     diffrect.train(configured(*SHORT, "--iterations", "2", "--warmup", "1", "--data-root", hearts,
@@ -583,7 +578,7 @@ WEAK, STRONG, RECTIFIED, GREY = 1, 2, 3, 0.25
 
 
 @pytest.mark.parametrize("options", [[], ["--no-w2g"]])
-def test_who_goes_where(options, hearts, tmp_path, monkeypatch, keep_signal_handlers):
+def test_who_goes_where(options, hearts, tmp_path, monkeypatch):
     """Label maps that say whose they are, strong views that are grey: what each part is shown."""
     made = iter([WEAK, STRONG, RECTIFIED])
 

@@ -4,14 +4,13 @@ import ast
 import copy
 import inspect
 import json
-import signal
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from programs import (QUICK, assert_near, assert_same_run, lines_of, on_ranks, ranks_draw_apart,
-                      seeded, sigterm_at, state)
+                      seeded, state, stop_at)
 from torch import nn
 
 import daw
@@ -279,7 +278,7 @@ def configured(*arguments) -> pos_meo.Config:
 
 
 @pytest.fixture
-def float64(monkeypatch, keep_signal_handlers):
+def float64(monkeypatch):
     """Sums in another order then give nearly the same weights, and nothing is evaluated."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(pos_meo, "evaluate", lambda *arguments: {"miou": 0.0})
@@ -420,9 +419,7 @@ def test_two_ranks_learn_what_one_process_learns(options, shapes, tmp_path, floa
 def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert program(*SECOND, "--output", whole)[0] == 0
-    with sigterm_at(2, parts):
-        assert program(*SECOND, "--output", parts)[0] == 128 + signal.SIGTERM
-    assert state(parts)["iteration"] == 2
+    stop_at(2, parts, program, *SECOND, "--output", parts)
     assert program(*SECOND, "--output", parts)[0] == 0
     assert_same_run(parts, whole)
     assert [line["iteration"] for line in lines_of(whole)] == [1, 2, 3, 4]

@@ -13,9 +13,8 @@ from common.data import DATASETS
 from common.runtime import read_json, run_main
 from conftest import write_voc
 from programs import (QUICK, assert_same_run, interrupt, log_of, ranks_draw_apart, recorded, refuse,
-                      run, run_as_program, sigterm_at, start, state, succeed)
+                      run, run_as_program, start, state, stop_at, succeed)
 
-pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
 STEPS = 12
 
 
@@ -118,8 +117,7 @@ def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
     more = "--lr 0.02 --head-lr-multiplier 5 --weight-decay 0.001 --photometry 0.5"
     program = (script, monkeypatch, capfd, *QUICK, "--data-root", shapes, *more.split(),
                "--eval-split", "tune", "--output")
-    with sigterm_at(2, tmp_path / "run"):
-        assert run_as_program(*program, tmp_path / "run")[0] == 128 + signal.SIGTERM
+    stop_at(2, tmp_path / "run", run_as_program, *program, tmp_path / "run")
     groups = state(tmp_path / "run")["optimizer"]["param_groups"]
     rates = [group["lr"] for group in groups[:2]]
     assert rates == pytest.approx([rate * (1 - 2 / 4) ** 0.9 for rate in (0.02, 5 * 0.02)])

@@ -23,8 +23,6 @@ from common.runtime import (Checkpoint, Log, Milestones, RunOptions, StopSignal,
                             parse, read_checkpoint, write_atomically)
 from programs import assert_identical, error_of, log_of, on_ranks
 
-pytestmark = pytest.mark.usefixtures("keep_signal_handlers")
-
 
 def status_of(function, *arguments) -> int | None:
     """The status with which the call ends the process."""
