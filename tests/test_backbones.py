@@ -6,12 +6,12 @@ import math
 import re
 import urllib.error
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.vision_transformer import EncoderBlock
 
 from common.backbones import (DEFAULT_WEIGHTS, VisionTransformer, build_encoder,
                               checkpoint_activations, random_weights_like)
@@ -261,58 +261,39 @@ def test_dinov2s_state_dict_is_that_of_the_public_file():
     assert (encoder.patch, encoder.grid) == (14, 37) and encoder.blocks[0].heads == 6
 
 
-def layer_norm(x: np.ndarray, state: dict, name: str) -> np.ndarray:
-    x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6)
-    return x * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-
-def linear(x: np.ndarray, state: dict, name: str) -> np.ndarray:
-    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-
-def block_by_hand(x: np.ndarray, state: dict, name: str, heads: int) -> np.ndarray:
-    """[N, dim] -> [N, dim]: one picture, head by head."""
-    size = x.shape[1] // heads
-    qkv = linear(layer_norm(x, state, f"{name}.norm1"), state, f"{name}.attn.qkv")
-    q, k, v = np.split(qkv, 3, axis=1)
-    joined = np.zeros_like(x)
-    for head in range(heads):
-        part = slice(head * size, (head + 1) * size)
-        scores = np.exp(q[:, part] @ k[:, part].T / math.sqrt(size))
-        joined[:, part] = scores / scores.sum(axis=1, keepdims=True) @ v[:, part]
-    x = x + state[f"{name}.ls1.gamma"] * linear(joined, state, f"{name}.attn.proj")
-    hidden = linear(layer_norm(x, state, f"{name}.norm2"), state, f"{name}.mlp.fc1")
-    hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-    return x + state[f"{name}.ls2.gamma"] * linear(hidden, state, f"{name}.mlp.fc2")
+def torchvisions_block(block: nn.Module) -> EncoderBlock:
+    """With the block's weights; it scales neither sum, so its last layers take that over."""
+    state = block.state_dict()
+    for gamma, last in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
+        scale = torch.diag(state.pop(gamma))
+        for part in ("weight", "bias"):
+            state[f"{last}.{part}"] = scale @ state[f"{last}.{part}"]
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    theirs = EncoderBlock(block.heads, 12, 48, 0.0, 0.0, norm).double()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), state.values(), strict=True)))
+    return theirs
 
 
 @pytest.mark.parametrize("h, w", [(3, 3), (2, 5)])
-def test_vision_transformer_is_the_one_written_out_by_hand(h, w):
+def test_vision_transformer_is_torchvisions(h, w):
     torch.manual_seed(0)
     encoder = VisionTransformer(image_size=12, patch=4, dim=12, depth=8, heads=3).double()
+    encoder.requires_grad_(False)
     for parameter in encoder.parameters():
         nn.init.normal_(parameter, std=0.3)
-    state = {key: value.numpy() for key, value in encoder.state_dict().items()}
     images = torch.randn(2, 3, 4 * h, 4 * w, dtype=torch.float64)
-    with torch.no_grad():
-        maps = encoder(images)
-    grid = torch.from_numpy(state["pos_embed"][0, 1:].reshape(3, 3, 12))
-    grid = F.interpolate(grid.permute(2, 0, 1)[None], size=(h, w), mode="bicubic")
-    grid = grid[0].permute(1, 2, 0).reshape(-1, 12).numpy()
-    for index, image in enumerate(images.numpy()):
-        corners = [(4 * i, 4 * j) for i in range(h) for j in range(w)]
-        patches = np.stack([image[:, i : i + 4, j : j + 4].ravel() for i, j in corners])
-        patches = patches @ state["patch_embed.proj.weight"].reshape(12, -1).T
-        patches = patches + state["patch_embed.proj.bias"] + grid
-        x = np.concatenate([(state["cls_token"] + state["pos_embed"][:, :1])[0], patches])
-        expected = []
-        for block in range(8):
-            x = block_by_hand(x, state, f"blocks.{block}", heads=3)
-            if block in (1, 3, 5, 7):
-                expected.append(layer_norm(x, state, "norm")[1:].T.reshape(12, h, w))
-        assert len(maps) == len(expected) == 4
-        for features, by_hand in zip(maps, expected):
-            np.testing.assert_allclose(features[index].numpy(), by_hand, rtol=1e-8, atol=1e-10)
+    first, grid = encoder.pos_embed.split([1, 9], dim=1)
+    grid = F.interpolate(grid.mT.view(1, 12, 3, 3), size=(h, w), mode="bicubic")
+    weight, bias = encoder.patch_embed["proj"].parameters()
+    patches = F.unfold(images, 4, stride=4).mT @ weight.flatten(1).T + bias  # [2, h w, 12]
+    cls_token = (encoder.cls_token + first).expand(2, 1, 12)
+    x, expected = torch.cat([cls_token, patches + grid.flatten(2).mT], dim=1), []
+    for number, block in enumerate(encoder.blocks, 1):
+        x = torchvisions_block(block)(x)
+        if number in (2, 4, 6, 8):
+            normalised = F.layer_norm(x, (12,), encoder.norm.weight, encoder.norm.bias, 1e-6)
+            expected.append(normalised[:, 1:].mT.view(2, 12, h, w))
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-8, atol=1e-10)
 
 
 # ---------------------------------------------------------------- weights

@@ -20,7 +20,7 @@ from common import medical, runtime
 from common.evaluate import load_predictor
 from common.runtime import parse
 from programs import (assert_identical, assert_same_run, error_of, lines_of, on_ranks,
-                      ranks_draw_apart, recorded, seeded, state, succeed)
+                      ranks_draw_apart, recorded, seeded, state)
 
 IGNORE = 255
 INFO = dataclasses.replace(medical.DATASETS["acdc"], adjust=(0.6, 1.4), blur=(0.3, 1.0))
@@ -661,8 +661,8 @@ def test_two_ranks_have_the_loss_of_one_process(tmp_path):
 
 
 def test_two_ranks_train(hearts, tmp_path):
-    succeed("diffrect.py", *LONGER, "--iterations", "3", "--data-root", hearts,
-            "--output", tmp_path, torchrun=2)
+    config = configured(*LONGER, "--iterations", "3", "--data-root", hearts, "--output", tmp_path)
+    on_ranks(lambda rank: diffrect.train(config), tmp_path)
     saved = state(tmp_path)
     assert saved["iteration"] == 3 and ranks_draw_apart(tmp_path)
     assert all(math.isfinite(line["loss"]) for line in lines_of(tmp_path))
