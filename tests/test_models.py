@@ -1,9 +1,10 @@
-"""common/models.py: sizes, the networks by hand, perturbed decoding, optimizer groups, OHEM."""
+"""common/models.py: sizes, ASPP beside torchvision's, perturbed decoding, optimizer groups, OHEM."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.models.segmentation.deeplabv3 as torchvision_deeplab
 
 from common.models import DPT, DeepLabV3Plus, PSPNet, hard_pixel_loss
 from common.runtime import UserError
@@ -88,38 +89,25 @@ def test_mobilenet_has_a_small_head(network, side):
     assert model.eval().features(torch.randn(1, 3, 64, 64)).shape == (1, 128, side, side)
 
 
-def test_deeplab_by_hand():
+def test_aspp_is_torchvisions():
     torch.manual_seed(0)
     model = DeepLabV3Plus("tiny", 5, "none").eval()
-    images = torch.randn(2, 3, 40, 56)
-    low, high = model.encoder(images)
-    branches = [branch(high) for branch in model.aspp.branches]
-    assert [branch[0].dilation[0] for branch in model.aspp.branches] == [1, 2, 4]
-    branches.append(model.aspp.pooling(high.mean((2, 3), keepdim=True)).expand_as(branches[0]))
-    context = enlarge(model.aspp.project(torch.cat(branches, 1)), low.shape[2:])
-    z = model.fuse(torch.cat([model.reduce(low), context], 1))
-    torch.testing.assert_close(model.features(images), z)
-    torch.testing.assert_close(model(images), enlarge(model.classifier(z), (40, 56)))
+    high = torch.randn(2, model.encoder.high_channels, 5, 7)
+    theirs = torchvision_deeplab.ASPP(high.shape[1], [2, 4], model.channels).eval()
+    own = model.aspp.state_dict().values()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), own, strict=True)))
+    torch.testing.assert_close(model.aspp(high), theirs(high))
 
 
-@pytest.mark.parametrize("size", [32, 45])
-def test_pspnet_by_hand(size):
-    torch.manual_seed(0)
-    model = PSPNet("tiny", 5, "none").eval()
-    images = torch.randn(2, 3, size, size - 8)
-    _, high = model.encoder(images)
-    height, width = high.shape[2:]
-    parts = [high]
-    for bins, conv in zip((1, 2, 3, 6), model.pyramid):
-        average = torch.zeros(*high.shape[:2], bins, bins)
-        for i in range(bins):
-            for j in range(bins):
-                rows = slice(i * height // bins, -(-(i + 1) * height // bins))
-                columns = slice(j * width // bins, -(-(j + 1) * width // bins))
-                average[:, :, i, j] = high[:, :, rows, columns].mean((2, 3))
-        parts.append(enlarge(conv(average), (height, width)))
-    logits = model.classifier(model.fuse(torch.cat(parts, 1)))
-    torch.testing.assert_close(model(images), enlarge(logits, images.shape[2:]))
+def test_pspnet_averages_regions():
+    model, seen = PSPNet("tiny", 5, "none").eval(), []
+    for conv in model.pyramid:
+        conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    high = torch.randn(2, model.encoder.high_channels, 12, 6)
+    model.decode(None, high)
+    for bins, average in zip((1, 2, 3, 6), seen, strict=True):
+        regions = high.unflatten(3, (bins, -1)).unflatten(2, (bins, -1))
+        torch.testing.assert_close(average, regions.mean(dim=(3, 5)))
 
 
 def test_perturbed_decoding_drops_whole_channels_of_the_last_images_only():
@@ -167,21 +155,9 @@ def test_dinov2s_head_has_the_reference_sizes():
     assert seen[4:] == [(64, 5, 7), (64, 10, 14), (64, 20, 28), (64, 40, 56)]
 
 
-def test_scales_are_fused_from_coarse_to_fine():
-    model = DPT("tiny_vit", 5, "none").requires_grad_(False)
-    maps = [torch.randn(2, model.encoder.dim, 6, 5) for _ in range(4)]
-
-    def unit(module, x):
-        return x + module.conv2(F.relu(module.conv1(F.relu(x))))
-
-    scales = [scale(features) for scale, features in zip(model.scales, maps)]
-    assert model.fusions[3].skip is None
-    path, sizes = scales[3], [(48, 40), (24, 20), (12, 10), (6, 5)]
-    for i in (3, 2, 1, 0):
-        fusion = model.fusions[i]
-        x = path if i == 3 else path + unit(fusion.skip, scales[i])
-        path = fusion.project(enlarge(unit(fusion.refine, x), sizes[i]))
-    torch.testing.assert_close(model.decode(maps), F.relu(model.output[0](path)))
+def test_a_residual_unit_adds_what_it_makes_of_the_positive_part():
+    unit, negative = DPT("tiny_vit", 5, "none").fusions[0].skip, -torch.rand(2, 32, 6, 5)
+    torch.testing.assert_close(unit(negative) - negative, unit(torch.zeros_like(negative)))
 
 
 def test_channel_mask_multiplies_all_four_maps():
