@@ -1,5 +1,5 @@
-"""usrn.py against other ways to the same numbers: all balanced assignments there are, a matching,
-Eq. 9 as printed, loops over pixels; and its three stages as programs."""
+"""usrn.py against other ways to the same numbers: a matching of points to places, Eq. 9 as printed,
+loops over pixels; and its three stages as programs."""
 
 import functools
 import itertools
@@ -54,9 +54,9 @@ def is_balanced(clusters, number):
     return clusters.dtype == torch.int64 and len(sizes) == number and sizes.max() - sizes.min() <= 1
 
 
-def cost_of_assignment(cost, price=None):
+def cost_of_assignment(cost, price):
     """The total of what balanced_assignment finds; it must be balanced."""
-    kept, price = cost.clone(), cost.new_zeros(cost.shape[1]) if price is None else price
+    kept = cost.clone()
     clusters, _ = usrn.balanced_assignment(cost, price)
     assert is_balanced(clusters, cost.shape[1]) and torch.equal(cost, kept)
     return cost.double().gather(1, clusters[:, None]).sum().item()
@@ -74,18 +74,8 @@ def least_by_matching(cost):
     return places[optimize.linear_sum_assignment(places.numpy())].sum().item()
 
 
-@pytest.mark.parametrize("points, clusters", [(5, 1), (7, 2), (5, 5), (8, 3), (7, 4), (3, 5)])
-def test_no_balanced_assignment_costs_less(points, clusters):
-    every = np.array(list(itertools.product(range(clusters), repeat=points)))
-    sizes = (every[:, :, None] == np.arange(clusters)).sum(axis=1)
-    every = every[sizes.max(axis=1) - sizes.min(axis=1) <= 1]
-    for seed in range(6):
-        cost = draw_cost(seed, points, clusters)
-        least = cost.numpy()[np.arange(points), every].sum(axis=1).min()
-        assert cost_of_assignment(cost) == pytest.approx(least, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("points, clusters", [(40, 40), (91, 2), (127, 8), (700, 6)])
+@pytest.mark.parametrize("points, clusters", [
+    (5, 1), (7, 2), (5, 5), (8, 3), (7, 4), (3, 5), (40, 40), (91, 2), (127, 8), (700, 6)])
 def test_an_assignment_costs_what_a_matching_costs(points, clusters):
     for seed, dtype in itertools.product(range(3), (torch.float64, torch.float32)):
         cost = draw_cost(seed, points, clusters, channels=1 + seed).to(dtype)
