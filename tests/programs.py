@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import runtime
 
@@ -152,6 +154,11 @@ def log_of(folder: Path) -> list[dict]:
 def lines_of(folder: Path) -> list[dict]:
     """The training's lines."""
     return [line for line in log_of(folder) if "loss" in line]
+
+
+def picture(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
 
 
 def seeded(seed: int) -> torch.Generator:

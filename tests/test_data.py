@@ -22,7 +22,7 @@ from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingB
                          check_labels, covering_choice, dataset_info, images_asked_for, load_data,
                          make_loader, open_image, open_mask, published_list, published_lists,
                          read_list, read_sample, training_loader)
-from programs import assert_identical, error_of, run_as_program
+from programs import assert_identical, error_of, picture, run_as_program
 
 CPU = torch.device("cpu")
 HEADER = "dataset\tnames\trepository\tcommit\tpath\tlines\tsha256"
@@ -32,11 +32,6 @@ def write(path: Path, lines) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
-
-
-def picture(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
 
 
 def ids(root: Path, name: str = "train") -> list[str]:

@@ -21,7 +21,7 @@ from common.augment import normalize
 from common.data import Data, DataOptions, Sample, dataset_info, load_data
 from common.models import DeepLabV3Plus, resize
 from common.runtime import UserError, read_json, run_main, write_json
-from programs import error_of, on_ranks
+from programs import error_of, on_ranks, picture
 
 CPU = torch.device("cpu")
 CLASSES = ("ground", "water", "trees", "houses", "roads")
@@ -139,15 +139,13 @@ def data(tmp_path) -> Data:
     """One labeled picture, three to validate; no label is class 4, first rows are 255."""
     rng = np.random.default_rng(0)
     root = tmp_path / "data"
-    for folder in ("images", "masks", "val_images", "val_masks"):
-        (root / folder).mkdir(parents=True)
     for number, (height, width) in enumerate([(20, 30), (37, 13), (9, 40), (11, 11)]):
         prefix = "val_" if number else ""
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(image).save(root / f"{prefix}images" / f"{number}.png")
+        picture(root / f"{prefix}images" / f"{number}.png", image)
         label = rng.integers(0, 4, (height, width), dtype=np.uint8)
         label[0] = 255
-        Image.fromarray(label).save(root / f"{prefix}masks" / f"{number}.png")
+        picture(root / f"{prefix}masks" / f"{number}.png", label)
     return load_data(DataOptions(dataset="folder", data_root=str(root), classes=",".join(CLASSES)))
 
 

@@ -1,4 +1,4 @@
-"""common/models.py: sizes, ASPP beside torchvision's, perturbed decoding, optimizer groups, OHEM."""
+"""common/models.py: sizes, torchvision's ASPP, perturbed decoding, optimizer groups, OHEM."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ from common.medical import DATASETS as VOLUME_DATASETS
 from common.medical import Volume, read_volume, write_volume
 from common.models import DeepLabV3Plus
 from common.runtime import UserError
-from programs import run_as_program
+from programs import picture, run_as_program
 
 INFO = dataset_info("folder", "ground,water,trees")
 
@@ -46,10 +46,8 @@ def network(monkeypatch) -> nn.Module:
 
 
 def write_picture(path, width: int, height: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(width * height)
-    pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    picture(path, rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 # ---------------------------------------------------------------- pictures

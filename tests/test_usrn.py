@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from programs import (QUICK, are_hard, assert_identical, assert_near, assert_same_run, lines_of,
-                      on_ranks, ranks_draw_apart, seeded, state, stop_at, sum_of_losses)
+                      on_ranks, picture, ranks_draw_apart, seeded, state, stop_at, sum_of_losses)
 from torch import nn
 
 import usrn
@@ -472,9 +472,9 @@ def test_subclasses_divide_the_label_maps(tmp_path):
         label[3:11, 4:9] = 2
         label = np.where(rng.random(label.shape) < 0.1, IGNORE, label).astype(np.uint8)
         label[0, 0] = 3  # no cell's middle
-        picture = rng.integers(0, 256, (height, width, 3), np.uint8)
-        for name, array in (("image", picture), ("mask", label)):
-            Image.fromarray(array).save(tmp_path / f"{name}{number}.png")
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        picture(tmp_path / f"image{number}.png", image)
+        picture(tmp_path / f"mask{number}.png", label)
         samples.append(Sample(f"image{number}.png", f"mask{number}.png"))
     data = Data(dataset_info("folder", "a,b,c,d,e"), tmp_path, samples, [], [], [], "test")
     torch.manual_seed(0)
