@@ -29,7 +29,7 @@ def signals_given_back():
         signal.signal(number, handler)
 
 
-FEW = {"train": 60, "val": 4, "tune": 1}
+FEW = {"train": 60, "val": 4, "tune": 3}
 
 
 @pytest.fixture(scope="session")

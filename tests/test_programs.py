@@ -124,7 +124,7 @@ def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
     assert {(group["momentum"], group["weight_decay"]) for group in groups} == {(0.9, 0.001)}
     assert run_as_program(*program, tmp_path / "run")[0] == 0
     last = read_json(tmp_path / "run" / "results.json")["last"]
-    assert last["images"] == 1  # where the val list has four
+    assert last["images"] == 3  # where the val list has four
     photometry = DATASETS["shapes"].photometry.scaled(0.5)
     assert {given for _, given in augmented} == {photometry}
     assert "no.pth" in refuse(*program, tmp_path / "none", "--weights", "no.pth")

@@ -17,7 +17,6 @@ from common.runtime import UserError
 from common.synthetic import (LV, MYOCARDIUM, PHANTOMS, RV, SHAPES, choose_labeled, draw_patient,
                               draw_shapes, generate, with_changes)
 
-SMALL = with_changes(SHAPES["shapes"], train=60, val=4, tune=3)
 SMALL_PHANTOM = with_changes(PHANTOMS["phantom"], size=32, train=5, val=2, test=3)
 SUFFIXES = ("", "_split1", "_split2")
 
@@ -25,16 +24,8 @@ SUFFIXES = ("", "_split1", "_split2")
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "small", SMALL)
         patch.setitem(PHANTOMS, "small_phantom", SMALL_PHANTOM)
         yield
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shapes") / "data"
-    generate(folder, "small")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +60,20 @@ def read_label(root: Path, name: str) -> np.ndarray:
 # ---------------------------------------------------------------- shapes
 
 
-def test_layout_and_formats(root):
-    assert {entry.name for entry in root.iterdir()} == {
+def test_layout_and_formats(shapes):
+    assert {entry.name for entry in shapes.iterdir()} == {
         "JPEGImages", "SegmentationClass", "ImageSets", "classes.txt", "generator.json"}
-    assert (root / "classes.txt").read_text().split() == list(SMALL.classes)
-    splits = {split: read_list(root, split) for split in ("train", "val", "tune")}
+    assert (shapes / "classes.txt").read_text().split() == list(SHAPES["shapes"].classes)
+    splits = {split: read_list(shapes, split) for split in ("train", "val", "tune")}
     assert {split: len(set(names)) for split, names in splits.items()} == {
         "train": 60, "val": 4, "tune": 3}
     names, seen = {name for split in splits.values() for name in split}, set()
     assert len(names) == 67
-    assert {file.stem for file in (root / "JPEGImages").iterdir()} == names
-    assert {file.stem for file in (root / "SegmentationClass").iterdir()} == names
+    assert {file.stem for file in (shapes / "JPEGImages").iterdir()} == names
+    assert {file.stem for file in (shapes / "SegmentationClass").iterdir()} == names
     for name in names:
-        image = Image.open(root / "JPEGImages" / f"{name}.jpg")
-        label = Image.open(root / "SegmentationClass" / f"{name}.png")
+        image = Image.open(shapes / "JPEGImages" / f"{name}.jpg")
+        label = Image.open(shapes / "SegmentationClass" / f"{name}.png")
         assert (image.mode, image.format, image.size) == ("RGB", "JPEG", (64, 64))
         assert (label.mode, label.format, label.size) == ("P", "PNG", (64, 64))
         assert np.array_equal(np.reshape(label.getpalette(), (-1, 3)), voc_palette())
@@ -90,11 +81,11 @@ def test_layout_and_formats(root):
     assert seen == set(range(8)) | {255}
 
 
-def test_shapes_files_hold_what_was_drawn(root):
+def test_shapes_files_hold_what_was_drawn(shapes):
     for s, split in enumerate(("train", "val", "tune")):
-        image, label = draw_shapes(SMALL, np.random.default_rng([SMALL.seed, s, 2]))
-        assert np.array_equal(read_label(root, f"{split}_000002"), label)
-        stored = np.asarray(Image.open(root / "JPEGImages" / f"{split}_000002.jpg")).astype(int)
+        image, label = draw_shapes(SHAPES["shapes"], np.random.default_rng([1, s, 2]))
+        assert np.array_equal(read_label(shapes, f"{split}_000002"), label)
+        stored = np.asarray(Image.open(shapes / "JPEGImages" / f"{split}_000002.jpg")).astype(int)
         assert np.abs(stored - image).mean() < 6  # JPEG at quality 95
 
 
@@ -118,7 +109,7 @@ def test_borders_are_thin_and_only_at_changes():
 
 def test_labels_follow_the_textures():
     """Without noise, horizontal stripes change along y, and only where the label says so."""
-    plain = with_changes(SMALL, noise=(0, 0), warp=(0, 0), tilt=0, contrast=(0.25, 0.25),
+    plain = with_changes(SHAPES["shapes"], noise=(0, 0), warp=(0, 0), tilt=0, contrast=(0.25, 0.25),
                          saturation=(1, 1))
     for seed in range(10):
         image, label = draw_shapes(plain, np.random.default_rng(seed), ["hstripe"])
@@ -131,23 +122,23 @@ def test_labels_follow_the_textures():
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_labeled_lists_are_nested_and_cover_the_classes(root, suffix):
-    lists = {size: read_list(root, f"labeled_{size}{suffix}") for size in (12, 24, 48)}
-    assert set(lists[12]) < set(lists[24]) < set(lists[48]) < set(read_list(root, "train"))
+def test_labeled_lists_are_nested_and_cover_the_classes(shapes, suffix):
+    lists = {size: read_list(shapes, f"labeled_{size}{suffix}") for size in (12, 24, 48)}
+    assert set(lists[12]) < set(lists[24]) < set(lists[48]) < set(read_list(shapes, "train"))
     for (size, names), wanted in zip(lists.items(), (2, 3, 4)):
         assert len(set(names)) == len(names) == size
-        labels = [read_label(root, name) for name in names]
+        labels = [read_label(shapes, name) for name in names]
         for k in range(1, 8):
             assert sum((label == k).mean() >= 0.01 for label in labels) >= wanted
 
 
-def test_labeled_choice_takes_what_there_is(root):
+def test_labeled_choice_takes_what_there_is(shapes):
     present = np.zeros((60, 3), bool)
     present[:, 0], present[:30, 1], present[7, 2] = True, True, True  # one shows the last class
     sets = choose_labeled(present, np.random.default_rng(0))
     assert {size: len(set(rows)) for size, rows in sets.items()} == {12: 12, 24: 24, 48: 48}
     assert 7 in sets[12]
-    assert len({tuple(read_list(root, f"labeled_12{suffix}")) for suffix in SUFFIXES}) == 3
+    assert len({tuple(read_list(shapes, f"labeled_12{suffix}")) for suffix in SUFFIXES}) == 3
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes_severe"])
@@ -248,11 +239,11 @@ def test_phantom_lists_and_files(phantom_root):
 # ---------------------------------------------------------------- repeated, refused, interrupted
 
 
-@pytest.mark.parametrize("name, draw, other", [("small", "draw_shapes", "shapes"),
+@pytest.mark.parametrize("name, draw, other", [("shapes", "draw_shapes", "shapes_severe"),
                                                ("small_phantom", "draw_patient", "phantom")])
 def test_generation_is_deterministic_idempotent_and_refuses_other_folders(
-        root, phantom_root, tmp_path, monkeypatch, name, draw, other):
-    folder = root if name == "small" else phantom_root
+        shapes, phantom_root, tmp_path, monkeypatch, name, draw, other):
+    folder = shapes if name == "shapes" else phantom_root
     before = contents(folder)
     generate(tmp_path / "again", name)
     assert contents(tmp_path / "again") == before
