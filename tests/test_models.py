@@ -65,6 +65,18 @@ def test_a_step_trains_every_parameter_and_logits_are_float32_in_bf16(network, b
     assert without == (["encoder.mask_token"] if network is DPT else [])
 
 
+@pytest.mark.parametrize("network, backbone, expected", [
+    (DeepLabV3Plus, "tiny", [-0.01588, -0.06395, -0.10062]),
+    (PSPNet, "tiny", [0.08271, -0.02729, 0.04536]),
+    (DPT, "tiny_vit", [-0.12638, 0.14427, 0.06599])])
+def test_what_a_saved_network_predicts_has_not_changed(network, backbone, expected):
+    """Weights fit, too, where features are joined in another order or an activation is gone."""
+    torch.manual_seed(0)
+    model = network(backbone, 3, "none").eval().requires_grad_(False)
+    logits = model(torch.linspace(-2, 2, 3 * 40 * 48).view(1, 3, 40, 48).sin())
+    assert logits[0, :, 20, 20].tolist() == pytest.approx(expected, rel=1e-3)
+
+
 # ---------------------------------------------------------------- DeepLabv3+, PSPNet
 
 
