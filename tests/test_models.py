@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models.segmentation.deeplabv3 as torchvision_deeplab
+from torch import nn
 
 from common.models import DPT, DeepLabV3Plus, PSPNet, hard_pixel_loss
 from common.runtime import UserError
@@ -66,13 +67,16 @@ def test_a_step_trains_every_parameter_and_logits_are_float32_in_bf16(network, b
 
 
 @pytest.mark.parametrize("network, backbone, expected", [
-    (DeepLabV3Plus, "tiny", [-0.01588, -0.06395, -0.10062]),
-    (PSPNet, "tiny", [0.08271, -0.02729, 0.04536]),
-    (DPT, "tiny_vit", [-0.12638, 0.14427, 0.06599])])
+    (DeepLabV3Plus, "tiny", [1.52414, 3.19826, -2.98208]),
+    (PSPNet, "tiny", [2.35798, 3.50593, -1.89412]),
+    (DPT, "tiny_vit", [42.9979, 5.89860, -65.0137])])
 def test_what_a_saved_network_predicts_has_not_changed(network, backbone, expected):
     """Weights fit, too, where features are joined in another order or an activation is gone."""
     torch.manual_seed(0)
     model = network(backbone, 3, "none").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # how a layer draws its own differs between PyTorches
+            nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
     logits = model(torch.linspace(-2, 2, 3 * 40 * 48).view(1, 3, 40, 48).sin())
     assert logits[0, :, 20, 20].tolist() == pytest.approx(expected, rel=1e-3)
 
