@@ -155,8 +155,8 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, cells: Ten
 class USRN(nn.Module):
     """F and F_sub, which share nothing, the encoder's first part ("low") or all of it.
 
-    forward(images [B, 3, H, W], unlabeled=k, subclassed=n) -> logits of the first B - k images
-    [B-k, C, H, W] and of the last k's cells [k, C, h, w]; then the same of F_sub for the first n
+    forward(images [B, 3, H, W], labeled=k, subclassed=n) -> logits of the first k images
+    [k, C, H, W] and of the others' cells [B-k, C, h, w]; then the same of F_sub for the first n
     images only (None if n = 0).
     """
 
@@ -171,8 +171,8 @@ class USRN(nn.Module):
             parent, _, child = name.rpartition(".")
             delattr(encoder.get_submodule(parent), child)  # F's is used
 
-    def forward(self, images: Tensor, unlabeled: int = 0, subclassed: int = 0) -> tuple:
-        labeled, size = len(images) - unlabeled, images.shape[2:]
+    def forward(self, images: Tensor, labeled: int, subclassed: int = 0) -> tuple:
+        size = images.shape[2:]
         low = self.model.encoder.low_level(images)
         high = self.model.encoder.high_level(low)
         logits = self.classify(self.model, low, high, labeled, size)
@@ -216,15 +216,14 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
               config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """One step through Eq. 2-8 with the parts of config.model: (loss, terms for the log)."""
     parts, threshold = MODELS[config.model], config.threshold
-    size = len(views["labeled"])
-    images, unlabeled, subclassed = views["labeled"], 0, size if "MSL" in parts else 0
-    if "OST" in parts:
-        images, unlabeled = torch.cat([images, views["weak"]]), size
-        subclassed += size if "USR" in parts else 0
-    logits, logits_weak, sub_logits, sub_logits_weak = network(images, unlabeled, subclassed)
+    images, size = views["labeled"], len(views["labeled"])
     if "OST" in parts:  # batch norm sees labeled and weak images together, strong ones apart
-        subclassed = size if "SST" in parts else 0  # none is labeled: empty logits
-        _, logits_strong, _, sub_logits_strong = network(views["strong"], size, subclassed)
+        images = torch.cat([images, views["weak"]])
+    subclassed = size * (("MSL" in parts) + ("USR" in parts))
+    logits, logits_weak, sub_logits, sub_logits_weak = network(images, size, subclassed)
+    if "OST" in parts:
+        subclassed = size * ("SST" in parts)
+        _, logits_strong, _, sub_logits_strong = network(views["strong"], 0, subclassed)
 
     loss = loss_sup = supervised_loss(logits, views["label"], config.ohem)
     terms = {"loss_sup": loss_sup}

@@ -224,10 +224,10 @@ class Playback(nn.Module):
             setattr(self, name, nn.Parameter(logits))
         self.calls = []
 
-    def forward(self, images, unlabeled=0, subclassed=0):
+    def forward(self, images, labeled, subclassed=0):
         if images.device.type == "cpu":
-            self.calls.append((images[:, 0, 0, 0].tolist(), unlabeled, subclassed))
-        if unlabeled == len(images):
+            self.calls.append((images[:, 0, 0, 0].tolist(), labeled, subclassed))
+        if not labeled:
             answers = (self.labeled[:0], self.strong, self.sub_labeled[:0], self.sub_strong)
         else:
             answers = (self.labeled, self.weak, self.sub_labeled, self.sub_weak)
@@ -313,8 +313,8 @@ def test_a_step_of_each_row_of_table_3_equals_plain_loops(model, rule, ohem):
         assert_near(ours, theirs, rel=1e-4)
     # Labeled and weak images share batch norm; F_sub sees no more images than it is asked about.
     of_subclasses = (4 if "USR" in on else 2) if "MSL" in on else 0
-    first, strong = ([0, 0, 1, 1], 2, of_subclasses), ([2, 2], 2, 2 if "SST" in on else 0)
-    assert network.calls == ([first, strong] if "OST" in on else [([0, 0], 0, of_subclasses)])
+    first, strong = ([0, 0, 1, 1], 2, of_subclasses), ([2, 2], 0, 2 if "SST" in on else 0)
+    assert network.calls == ([first, strong] if "OST" in on else [([0, 0], 2, of_subclasses)])
 
 
 def step_of_rank(rank, ranks):
@@ -399,8 +399,8 @@ def test_f_and_f_sub_are_plain_networks(share, build):
     images = torch.randn(5, 3, 32, 48, generator=seeded(41))
     f, f_sub = both.model, f_sub_alone(both)
     with torch.inference_mode():
-        for model, answers in ((f, both(images, 2, 5)[:2]), (f_sub, both(images, 2, 5)[2:]),
-                               (f, both(images, 2)[:2])):
+        for model, answers in ((f, both(images, 3, 5)[:2]), (f_sub, both(images, 3, 5)[2:]),
+                               (f, both(images, 3)[:2])):
             logits, cells, expected = *answers, model(images)
             assert_near(logits, expected[:3])
             if build is DeepLabV3Plus:  # a classifier of means = means of the classifier
@@ -409,8 +409,8 @@ def test_f_and_f_sub_are_plain_networks(share, build):
                 assert_near(cells, blocks.mean(dim=(3, 5)))
             else:
                 assert_near(resize(cells, images.shape[2:]), expected[3:])
-        assert both(images, 2)[2:] == (None, None)
-        assert_near(both(images, 2, 3)[2], f_sub(images)[:3])
+        assert both(images, 3)[2:] == (None, None)
+        assert_near(both(images, 3, 3)[2], f_sub(images)[:3])
 
 
 def test_an_encoder_of_numbered_layers_shares_those_before_the_low_features():
