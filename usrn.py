@@ -160,7 +160,7 @@ class USRN(nn.Module):
     images only (None if n = 0).
     """
 
-    def __init__(self, model: nn.Module, subclass_model: nn.Module | None, share: str):
+    def __init__(self, model: nn.Module, subclass_model: nn.Module | None = None, share="low"):
         super().__init__()
         self.model, self.subclass_model, self.share = model, subclass_model, share
         if subclass_model is None:
@@ -521,13 +521,13 @@ def build_network(config: dict, num_classes: int, weights: str) -> nn.Module:
 def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | None = None,
           subclass_data: Data | None = None) -> nn.Module:
     """Stage 1 (model "baseline"), or 3 with what `stages_1_and_2` returns: F, in eval mode."""
-    parts = MODELS[config.model]
+    options, self_training = asdict(config), "OST" in MODELS[config.model]
     torch.manual_seed(config.seed)
-    options, subclass_model = asdict(config), None
     model = build_network(options, data.info.num_classes, config.weights)
+    models = {"model": model}
     if parent_of is not None:
-        subclass_model = build_network(options, len(parent_of), config.weights)
-    both = USRN(model, subclass_model, config.share)
+        models["subclass_model"] = build_network(options, len(parent_of), config.weights)
+    both = USRN(**models, share=config.share)
     if world_size() > 1 and device.type == "cuda":
         both = nn.SyncBatchNorm.convert_sync_batchnorm(both)
     if config.checkpoint_activations:
@@ -536,21 +536,18 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
     network = torch.compile(both) if config.compile else both
     if world_size() > 1:
         network = nn.parallel.DistributedDataParallel(network, **KEEP_BUFFERS)
-    groups = [group for part in filter(None, (model, subclass_model))
+    groups = [group for part in models.values()
               for group in part.parameter_groups(config.lr, config.head_lr_multiplier)
               if group["params"]]  # none of an encoder that is shared
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if subclass_model:
-        state["subclass_model"] = subclass_model
+    state = {**models, "optimizer": optimizer, "schedule": schedule}
     torch.manual_seed(config.seed + 1000 * rank())  # ranks augment differently
     checkpoint = Checkpoint(config.output, "usrn", options, state)
     start = checkpoint.load()
-    log = Log(checkpoint, start, config.batch_size * (2 if "OST" in parts else 1))
+    log = Log(checkpoint, start, config.batch_size * (1 + self_training))
     loader = training_loader(subclass_data or data, config.crop, config.batch_size, config.seed,
-                             start, config.iterations, device, "OST" in parts,
-                             config.num_workers)
+                             start, config.iterations, device, self_training, config.num_workers)
 
     scores = partial(evaluate, model, data, config.eval_split, config.crop, device,
                      config.num_workers)
