@@ -436,7 +436,7 @@ def extract_features(model: nn.Module, data: Data, device: torch.device) -> tupl
 
 
 def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: torch.device,
-                    balanced: bool, most: int, seed: int) -> dict:
+                    config: Config) -> dict:
     """Stage 2: write the labeled images' subclass maps; returns what subclasses.json says of them.
 
     A pixel has the subclass of its cell or, where that is of another class, the subclass of its own
@@ -445,7 +445,7 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     features, labels, grids = extract_features(model, data, device)
     pixels = torch.bincount(labels, minlength=IGNORE + 1)[: data.info.num_classes]
     require(bool(pixels.any()), "no cell of the labeled images has a label: nothing to cluster")
-    counts = subclass_counts(pixels, most)
+    counts = subclass_counts(pixels, config.max_subclasses)
     parent_of = torch.arange(len(counts)).repeat_interleave(counts)
     sizes = torch.zeros(len(parent_of), dtype=torch.long)
     table = torch.zeros(len(labels), len(counts), dtype=torch.uint8)  # [cell, class of the pixel]
@@ -454,7 +454,7 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
         table[:, parent] = first
         if len(members):
             own = features[members]
-            clusters = balanced_kmeans(own, count, seed, balanced)
+            clusters = balanced_kmeans(own, count, config.seed, config.clustering == "balanced")
             centroids = cluster_means(own, clusters, torch.zeros(count, own.shape[1]))
             distances = squared_distances(features, centroids)
             distances[:, torch.bincount(clusters, minlength=count) == 0] = math.inf
@@ -478,13 +478,14 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     say(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} "
         f"subclasses; class balance rate {100 * cbr:.1f} % -> {100 * sub_cbr:.1f} %")
     return {"parent_of": parent_of.tolist(), "cells": pixels.tolist(), "sizes": sizes.tolist(),
-            "cbr_classes": cbr, "cbr_subclasses": sub_cbr}
+            "cbr_classes": cbr, "cbr_subclasses": sub_cbr, "clustering": config.clustering,
+            "most": config.max_subclasses}
 
 
 def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Tensor, Data]:
     """Stages 1 and 2, or what they left: parents int64 [K], and `data` labeled with subclasses."""
     folder, steps = Path(config.output) / "subclasses", config.supervised_iterations
-    record, most = folder / "subclasses.json", config.max_subclasses
+    record = folder / "subclasses.json"
     files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
     if not all(file.is_file() for file in (record, *files)):
         output = str(folder.with_name("supervised"))
@@ -494,13 +495,11 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
         with main_first():
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-                made = make_subclasses(model, data, files, device, config.clustering == "balanced",
-                                       most, config.seed)
-                write_json(record, {**made, "clustering": config.clustering, "most": most})
+                write_json(record, make_subclasses(model, data, files, device, config))
     with reading(record):
         made = json.loads(record.read_text())
         parent_of = torch.tensor(made["parent_of"])
-    require((made["clustering"], made["most"]) == (config.clustering, most),
+    require((made["clustering"], made["most"]) == (config.clustering, config.max_subclasses),
             f"{folder} is of other --clustering or --max-subclasses: take another --output")
     labeled = [Sample(sample.image, str(file.resolve()))
                for sample, file in zip(data.labeled, files)]
