@@ -221,18 +221,16 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         images = torch.cat([images, views["weak"]])
     subclassed = size * (("MSL" in parts) + ("USR" in parts))
     logits, logits_weak, sub_logits, sub_logits_weak = network(images, size, subclassed)
-    if "OST" in parts:
-        subclassed = size * ("SST" in parts)
-        _, logits_strong, _, sub_logits_strong = network(views["strong"], 0, subclassed)
 
-    loss = loss_sup = supervised_loss(logits, views["label"], config.ohem)
-    terms = {"loss_sup": loss_sup}
+    loss = supervised_loss(logits, views["label"], config.ohem)
+    terms = {"loss_sup": loss}
     if "MSL" in parts:
         terms["loss_sup_sub"] = supervised_loss(sub_logits, views["subclass"])
         loss = loss + config.lambda_sub * terms["loss_sup_sub"]  # Eq. 2
     if "OST" not in parts:
         return loss, {"loss": loss, **terms}
 
+    _, logits_strong, _, sub_logits_strong = network(views["strong"], 0, size * ("SST" in parts))
     with torch.no_grad():
         valid = at_cells(views["valid"], logits_weak.shape[2:])
         num_cells = mean_over_ranks(valid.sum())
