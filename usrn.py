@@ -446,11 +446,11 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     counts = subclass_counts(pixels, config.max_subclasses)
     parent_of = torch.arange(len(counts)).repeat_interleave(counts)
     sizes = torch.zeros(len(parent_of), dtype=torch.long)
-    table = torch.zeros(len(labels), len(counts), dtype=torch.uint8)  # [cell, class of the pixel]
+    table = torch.full((len(labels), len(counts) + 1), IGNORE, dtype=torch.uint8)  # [cell, class]
     for parent, count in enumerate(counts.tolist()):
-        first, members = int(counts[:parent].sum()), (labels == parent).nonzero().flatten()
+        first, members = int(counts[:parent].sum()), labels == parent
         table[:, parent] = first
-        if len(members):
+        if members.any():
             own = features[members]
             clusters = balanced_kmeans(own, count, config.seed, config.clustering == "balanced")
             centroids = cluster_means(own, clusters, torch.zeros(count, own.shape[1]))
@@ -465,8 +465,7 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     for item, file, (h, w), of_class in zip(images, files, grids, tables):
         label, (height, width) = item["label"], item["label"].shape
         cell = (torch.arange(height) * h // height)[:, None] * w + torch.arange(width) * w // width
-        found = of_class[cell, label.long().clamp(max=len(counts) - 1)]  # [H, W]
-        map_ = torch.where(label == IGNORE, label, found)
+        map_ = of_class[cell, label.long().clamp(max=len(counts))]  # 255: from the last column
         save_indexed_png(map_, voc_palette(), file)
         if len(rows) < 6:
             rows.append((item["image"], label, colorize(map_, voc_palette())))
