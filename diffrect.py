@@ -490,11 +490,10 @@ def train(config: Config) -> None:
             terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
             maps = {"pseudo_dice": pseudo_label}
         if rectifies:
-            coarse, fine, slices = masks_strong, masks_weak, strong  # Eq. 9: strong to weak
-            if config.w2g:  # Eq. 11: weak to truth
-                coarse = torch.cat([masks_weak[:size], coarse[size:]])
-                fine = torch.cat([label, fine[size:]])
-                slices = torch.cat([weak[:size], slices[size:]])
+            s2w = masks_strong, masks_weak, strong  # Eq. 9: strong to weak, of unlabeled slices
+            w2g = (masks_weak, label, weak) if config.w2g else s2w  # Eq. 11: weak to truth
+            coarse, fine, slices = (torch.cat([of_labeled[:size], of_unlabeled[size:]])
+                                    for of_labeled, of_unlabeled in zip(w2g, s2w))
             tau_u = calibration_guidance(config.guidance, coarse[size:], fine[size:], classes)
             tau_l = calibration_guidance(config.guidance, coarse[:size], fine[:size], classes)
             tau = torch.cat([tau_l, tau_u])
