@@ -24,6 +24,7 @@ A run folder holds supervised/ (stage 1) and subclasses/ (stage 2), used again w
 Results, figures and all differences from the paper and the released code: .docs/usrn.md
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -407,12 +408,10 @@ def subclass_counts(pixels: Tensor, most: int) -> Tensor:
 
     Clusters are as large as the smallest class or, if these are too many, as large as `most` asks.
     """
-    size = int(pixels[pixels > 0].min())
-    while True:
+    for size in itertools.count(int(pixels[pixels > 0].min())):
         counts = (pixels.double() / size).round().clamp(min=1).long()
         if counts.sum() <= most:
             return counts
-        size += 1
 
 
 @torch.backends.cudnn.flags(enabled=True)  # benchmark=False: it would start anew for every size
