@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path, help="pictures or volumes, or their folders")
     parser.add_argument("--checkpoint", required=True, help="best.pt or latest.pt of a run")
     parser.add_argument("--output", type=Path, default=Path("segmented"), help="folder of results")
-    parser.add_argument("--mode", choices=MODES, help="default: the data set's")
+    parser.add_argument("--mode", choices=MODES, help="default: aligned or sliding")
     parser.add_argument("--set", type=change, nargs="+", action="extend", default=[],
                         metavar="NAME=VALUE", help="options to change in the checkpoint's config")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -141,7 +141,7 @@ def main() -> int:
             if of_volumes:
                 predict_volume(predict, file, targets[0], info, crop, device)
             else:
-                mode = args.mode or info.evaluation
+                mode = args.mode or info.evaluation.replace("whole", "aligned")
                 predict_picture(predict, file, targets, info, mode, crop, device)
             print(f"{file} -> {targets[0]}")
         except UserError as error:

@@ -94,6 +94,18 @@ def test_the_label_map_is_the_most_likely_class(network, command, tmp_path, mode
     assert abs(overlay - (pixels + colors) / 2).max() <= 1
 
 
+def test_label_maps_are_aligned_where_scores_are_not(command, monkeypatch, tmp_path):
+    def network(images):
+        shown.append(tuple(images.shape[2:]))
+        return images[:, :1].expand(-1, 21, -1, -1)
+
+    shown, contents = [], (network, {"crop": 33}, DATASETS["pascal"])
+    monkeypatch.setattr(predict, "load_predictor", lambda *arguments: contents)
+    write_picture(tmp_path / "x.png", 30, 12)
+    assert command("--output", tmp_path / "out", tmp_path / "x.png")[0] == 0 and shown == [(17, 33)]
+    assert Image.open(tmp_path / "out" / "x.png").size == (30, 12)
+
+
 def test_inputs_are_never_overwritten(network, command, tmp_path):
     write_picture(tmp_path / "a.jpg", 9, 7)
     write_picture(tmp_path / "a.png", 9, 7)
