@@ -220,7 +220,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
     images, size = views["labeled"], len(views["labeled"])
     if "OST" in parts:  # batch norm sees labeled and weak images together, strong ones apart
         images = torch.cat([images, views["weak"]])
-    subclassed = size * (("MSL" in parts) + ("USR" in parts))
+    subclassed = size * (("MSL" in parts) + ("USR" in parts))  # labeled images; weak ones, too
     logits, logits_weak, sub_logits, sub_logits_weak = network(images, size, subclassed)
 
     loss = supervised_loss(logits, views["label"], config.ohem)

@@ -481,8 +481,7 @@ def test_subclasses_divide_the_label_maps(tmp_path):
     model, files = DeepLabV3Plus("tiny", 5), [tmp_path / "maps" / f"{n}.png" for n in range(2)]
     features, labels, grids = usrn.extract_features(model, data, torch.device("cpu"))
     assert grids == [(6, 9), (8, 5)] and features.shape == (94, 32)  # 2 x 2 at stride 2
-    made = usrn.make_subclasses(model, data, files, torch.device("cpu"),
-                                usrn.Config(max_subclasses=25))
+    made = usrn.make_subclasses(model, data, files, "cpu", usrn.Config(max_subclasses=25))
 
     pixels, parent_of = torch.bincount(labels, minlength=256)[:5], torch.tensor(made["parent_of"])
     counts, own = usrn.subclass_counts(pixels, 25).tolist(), torch.full_like(labels, IGNORE)
