@@ -78,7 +78,7 @@ class Config(DataOptions, RunOptions):
     landscape: str | None = option(None, "no training: Figure 5 of these checkpoints (commas)")
     backbone: str | None = option(None, "as in daw.py; unimatch_v2: dinov2_s or tiny_vit")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
-    crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
+    crop: int | None = option(None, "training crop in pixels, 16 k + 1; unimatch_v2: 14 k", low=16)
     batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)

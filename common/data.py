@@ -91,7 +91,7 @@ def shapes(name: str, crop: int, epochs: int) -> DatasetInfo:
     return DatasetInfo(
         name, SHAPES[name].classes, "24", embedded=True, backbone="tiny", crop=crop,
         scale=(0.7, 1.4), photometry=Photometry(blur=(0.1, 1.0)), epochs=epochs, lr=0.01,
-        head_lr_multiplier=3, eval_batch=20)
+        head_lr_multiplier=3, evaluation="aligned", eval_batch=20)
 
 
 DATASETS = {info.name: info for info in (

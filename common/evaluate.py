@@ -118,7 +118,7 @@ def class_probabilities(predict: Predict, images: Tensor, mode: str, crop: int) 
 
     "whole": as they are. "aligned": the same, first continued beyond the right and lower border to
     the crop's remainder by STRIDE. A convolution's stride s has feature i on pixel s i, enlarging
-    with aligned corners leaves it there only on s k + 1 pixels, as the papers' crops have.
+    with aligned corners leaves it there only on s k + 1 pixels, as UniMatch's crops have.
     "sliding": averaged over windows of crop x crop pixels that overlap by a third. The last one of
     a row or column ends at the border; along a side shorter than the crop it is as long as that.
     """
@@ -152,7 +152,7 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
     In %: miou, iou {class: value}, pixel_accuracy, head_miou, tail_miou. In pixels: confusion, rows
     (true classes) of counts. In 0..1: ece, reliability; with a `threshold` pseudo_label_share, of
     the pixels with at least this confidence, and pseudo_label_accuracy among them. images is their
-    number. Undefined values are None. `mode` is the data set's unless given. The network is put
+    number. Undefined values are None. mode: the data set's unless given. The network is put
     into eval mode, with running statistics averaged over ranks, and back into the mode it had.
     """
     samples = getattr(data, split, [])
@@ -191,6 +191,7 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
         "pixel_accuracy": finite(100 * (confusion.trace() / pixels)),
         "ece": finite(expected_calibration_error(histogram)),
         "images": int(images),
+        "mode": mode,
         "reliability": reliability(histogram),
         "confusion": confusion.long().tolist(),
         "head_miou": finite(iou[head].nanmean()),
@@ -492,7 +493,7 @@ def main() -> None:
                 "--volumes and --released-empty are for volumes, not for images")
         data = load_data(dataclasses.replace(data_options(config), lists=None))
         warn_of_other_lists(config, data.digest)
-        results |= {"mode": args.mode or info.evaluation, "threshold": args.threshold}
+        results["threshold"] = args.threshold
         results |= evaluate(network, data, args.split, config["crop"], device, args.num_workers,
                             args.threshold, args.mode)
         text = report(results)
