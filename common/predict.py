@@ -4,8 +4,8 @@
 
 holiday.jpg gives holiday.png, a palette PNG of its size whose values are the class numbers (for
 Cityscapes grey labelIds), and holiday_overlay.png. (`--mode whole` is how pascal and coco are
-scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz, the volume with the
-predicted label, heart.nii.gz gives heart.nii.gz, the labels on its grid. What cannot be read is
+scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz, the volume with
+the predicted label, heart.nii.gz gives heart.nii.gz, the labels on its grid. What cannot be read is
 reported and left out; the exit status is then 1.
 """
 
