@@ -316,8 +316,8 @@ class Sampler(nn.Module):
         noise = torch.randn(shape, generator=generator, device=z.device)
         return sample(self.model, z, noise, *self.sampling)
 
-    def maps(self, images: Tensor) -> list[Tensor]:  # the label map of one image after each step
-        return [*resize(self.trajectory(images)[:, 0], images.shape[2:]).argmax(dim=1)]
+    def each_step(self, image: Tensor) -> Tensor:  # [1, 3, H, W] -> logits [steps, C, H, W]
+        return resize(self.trajectory(image)[:, 0], image.shape[2:])
 
     def forward(self, images: Tensor) -> Tensor:
         return resize(self.trajectory(images)[-1], images.shape[2:])
@@ -481,7 +481,8 @@ def train(config: Config) -> None:
 
     write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
-    write_sample_grid(sampler.maps, captions, data, device, checkpoint.folder / "trajectory.png")
+    write_sample_grid(sampler.each_step, captions, data, config.crop, device,
+                      checkpoint.folder / "trajectory.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict | None = None) -> Sampler:

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 CLAIMS = ROOT / ".docs/claims.tsv"
 BINS = 15
 MODES = "whole", "aligned", "sliding"
-STRIDE = 16  # of the encoders, or a multiple
+STRIDE = 16  # of convolutional encoders, or a multiple
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 df
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> logits [B, C, H, W]
@@ -206,25 +206,20 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
 def write_samples(network: nn.Module, data: Data, crop: int, device: torch.device,
                   path: Path) -> None:
     """A picture: image | label | prediction. The network is left in eval mode."""
-    network.eval()
-
-    def label_maps(images: Tensor) -> list[Tensor]:
-        probabilities = class_probabilities(network, images, data.info.evaluation, crop)
-        return [probabilities[0].argmax(dim=0)]
-
-    write_sample_grid(label_maps, ("image", "label", "prediction"), data, device, path)
+    write_sample_grid(network.eval(), ("image", "label", "prediction"), data, crop, device, path)
 
 
 @torch.inference_mode()
-def write_sample_grid(label_maps: Callable[[Tensor], list[Tensor]], captions: Sequence[str],
-                      data: Data, device: torch.device, path: Path, count: int = 6) -> None:
-    """Image | label | `label_maps`(image [1, 3, H, W]), a row each; by the first rank."""
+def write_sample_grid(predict: Predict, captions: Sequence[str], data: Data, crop: int,
+                      device: torch.device, path: Path, count: int = 6) -> None:
+    """Image | label | each label map of `predict`, image [1, 3, H, W] -> logits [n, C, H, W]."""
     if rank() != 0:
         return
     rows = []
     for item in EvaluationSet(data.val[:count], data.root, data.info.num_classes):
-        maps = label_maps(normalize(item["image"][None].to(device)))
-        maps = [label_map.byte().cpu().numpy() for label_map in maps]
+        image = normalize(item["image"][None].to(device))
+        probabilities = class_probabilities(predict, image, data.info.evaluation, crop)
+        maps = probabilities.argmax(dim=1).byte().cpu().numpy()
         rows.append((item["image"].numpy(), item["label"].numpy(), *maps))
     sample_grid(rows, data.info.classes, data.info.palette, path, captions)
 

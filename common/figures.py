@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.augment import IGNORE
-from common.runtime import reading, require, run_main, write_atomically
+from common.runtime import read_json, reading, require, run_main, write_atomically
 
 Palette = Sequence[tuple[int, int, int]]  # RGB of the classes
 
@@ -315,9 +315,7 @@ def main():
     parser.add_argument("runs", type=Path, nargs="+", help="folder with metrics.jsonl or "
                         "landscape.json; several: DAW's Figure 4, into the first one")
     folder, *others = parser.parse_args().runs
-    if (folder / "landscape.json").is_file():
-        with reading(folder / "landscape.json"):
-            curves = json.loads((folder / "landscape.json").read_text())
+    if curves := read_json(folder / "landscape.json"):
         labels = {"loss": "training loss", "miou": "mIoU (%)"}
         return plot_landscape(curves, labels, folder / "landscape.png")
     runs = {run: read_lines(run) for run in (folder, *others)}

@@ -142,7 +142,7 @@ def main() -> int:
             if of_volumes:
                 predict_volume(predict, file, targets[0], info, crop, device)
             else:
-                mode = args.mode or info.evaluation.replace("whole", "aligned")
+                mode = args.mode or ("sliding" if info.evaluation == "sliding" else "aligned")
                 predict_picture(predict, file, targets, info, mode, crop, device)
             print(f"{file} -> {targets[0]}")
         except UserError as error:
