@@ -62,6 +62,18 @@ def test_geometry_agrees_with_the_plain_way(height, width, crop):
         np.testing.assert_array_equal(out, again)
 
 
+def test_the_long_side_is_uniform_with_both_ends():
+    white = Image.new("RGB", (20, 10), (255, 255, 255))
+    rng = np.random.default_rng(0)
+    drawn = [augment.weak_geometry(white, None, 64, (0.5, 2.0), rng)[2] for _ in range(3000)]
+    sides = np.array([(valid.any(0).sum(), valid.any(1).sum()) for valid in drawn])
+    counts = np.bincount(sides[:, 0], minlength=41)
+    assert counts[:10].sum() == 0 and len(counts) == 41
+    assert counts[10:].min() > 60 and counts[10:].max() < 145  # 97 expected
+    assert (sides[:, 1] == (sides[:, 0] / 2 + 0.5).astype(int)).all()
+    assert 0.46 < np.mean([valid[0, 0] for valid in drawn]) < 0.54  # the others are flipped
+
+
 # ---------------------------------------------------------------- photometry
 
 

@@ -1,5 +1,5 @@
-"""usrn.py against other ways to the same numbers: a matching of points to places, Eq. 9 as printed,
-loops over pixels; and its three stages as programs."""
+"""usrn.py against other ways to the same numbers: all balanced assignments there are, a matching,
+Eq. 9 as printed, loops over pixels; and its three stages as programs."""
 
 import functools
 import itertools
@@ -74,8 +74,19 @@ def least_by_matching(cost):
     return places[optimize.linear_sum_assignment(places.numpy())].sum().item()
 
 
-@pytest.mark.parametrize("points, clusters", [
-    (5, 1), (7, 2), (5, 5), (8, 3), (7, 4), (3, 5), (40, 40), (91, 2), (127, 8), (700, 6)])
+@pytest.mark.parametrize("points, clusters", [(5, 1), (7, 2), (5, 5), (8, 3), (7, 4), (3, 5)])
+def test_no_balanced_assignment_costs_less(points, clusters):
+    every = np.array(list(itertools.product(range(clusters), repeat=points)))
+    sizes = (every[:, :, None] == np.arange(clusters)).sum(axis=1)
+    every = every[sizes.max(axis=1) - sizes.min(axis=1) <= 1]
+    for seed in range(6):
+        cost = draw_cost(seed, points, clusters)
+        least = cost.numpy()[np.arange(points), every].sum(axis=1).min()
+        total = cost_of_assignment(cost, cost.new_zeros(clusters))
+        assert total == pytest.approx(least, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("points, clusters", [(40, 40), (91, 2), (127, 8), (700, 6)])
 def test_an_assignment_costs_what_a_matching_costs(points, clusters):
     for seed, dtype in itertools.product(range(3), (torch.float64, torch.float32)):
         cost = draw_cost(seed, points, clusters, channels=1 + seed).to(dtype)
