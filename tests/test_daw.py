@@ -86,6 +86,7 @@ def test_a_line_of_the_log(device):
     assert line["t_star"] == pytest.approx(thresholds[effect.argmin()], abs=1e-4)
     assert line["E1_daw"] + line["E2_daw"] == pytest.approx(effect.min(), abs=1e-3)
     assert (line["E1_none"], line["E2_none"], line["lowest"]) == (1, 0, 0.25)
+    assert line["shift"] == pytest.approx(0.3)  # 0.2, 0.1 less of two classes, 0.05, 0.25 more
     assert line["E1_fixed"] < line["E1_daw"] and line["E2_fixed"] > line["E2_daw"]
     logged = line["mu_pos"], line["mu_neg"], line["sigma_pos"] ** 2, line["sigma_neg"] ** 2
     assert logged == pytest.approx((0.85, 0.6, 0.02, 0.03), rel=1e-4)
