@@ -433,7 +433,7 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
         return read_list(Path(options.labeled_list), root)
     if info.name == "folder":
         pairs = sorted([sample for sample in train if sample.mask], key=lambda sample: sample.name)
-        if labeled == "all" and seed is None:
+        if options.labeled == "all" or labeled == "all" and seed is None:
             return pairs
         count = images_asked_for(labeled, len(pairs))
         return covering_choice(pairs, root, info.num_classes, count, seed or 0)

@@ -496,6 +496,7 @@ def test_ones_own_pictures(folder, capsys):
     assert len({tuple(draw) for draw in draws}) > 1
     assert "1 to 9" in error_of(load_data, replace(folder, labeled="10"))
     assert "--labeled all" in error_of(load_data, replace(folder, split_seed=1))
+    assert load_data(replace(folder, labeled="all", split_seed=1)).labeled == data.labeled
     own = str(write(root / "own.txt", [f"{data.labeled[1].image} {data.labeled[1].mask}"]))
     one = str(write(root / "one.txt", ["unlabeled/p12.png"]))
     some = load_data(replace(folder, labeled_list=own, unlabeled_list=one))
