@@ -112,8 +112,7 @@ def sample(model, z: Tensor, noise: Tensor, steps: int, time_difference: int = 1
     y_t, predictions = noise.expand(len(z), -1, -1, -1), []
     for step in range(steps):
         t_now, t_next = 1 - step / steps, max(1 - (step + 1 + time_difference) / steps, 0)
-        t = torch.full((len(z),), t_now, device=z.device)
-        logits = model(denoise=(z, y_t, t))
+        logits = model(denoise=(z, y_t, torch.full((len(z),), t_now, device=z.device)))
         predictions.append(logits)
         if step + 1 == steps:
             break
@@ -272,10 +271,10 @@ class LabelEncoding(nn.Module):
 
 
 class DiffMatch(nn.Module):
-    """forward(images [B, 3, H, W]): g -> z [B, D, H/4, W/4]; with perturb=k also z of the last k
-    images without half of the encoder's channels, decoded beside the others.
-    forward(denoise=(z, y_t, t)): f -> logits [B, C, H/4, W/4]; also a forward, as DDP sees no other
-    calls."""
+    """forward(images [B, 3, H, W]): g -> z [B, D, h, w], a quarter of the size (tiny: half); with
+    perturb=k also z of the last k images without half of the encoder's channels, decoded beside
+    the others. forward(denoise=(z, y_t, t)): f -> logits [B, C, h, w]; also a forward, as DDP sees
+    no other calls."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
                  encoding: str = "embedding", mask_channels: int = 256, mask_start: str = "zero",
@@ -309,7 +308,7 @@ class Sampler(nn.Module):
         self.sampling = steps, time_difference, feedback
 
     def trajectory(self, images: Tensor) -> Tensor:
-        """Logits after each step, [steps, B, C, H/4, W/4], from one noise for all images."""
+        """Logits after each step, [steps, B, C, h, w], from one noise for all images."""
         z = self.model(images)
         generator = torch.Generator(z.device).manual_seed(self.noise_seed)
         shape = (1, self.model.encode.channels, *z.shape[2:])

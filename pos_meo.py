@@ -309,9 +309,9 @@ def train(config: Config) -> None:
                            ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
     pareto = config.strategy.startswith("pos")
     watched = pareto and config.log_every >= WATCHED
-    share = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
+    part = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
     steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
-    config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // share if pareto else 0,
+    config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // part if pareto else 0,
                            output=f"runs/pos_meo_{data.tag}_{config.seed}")
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
     fixed = config.strategy == "fixed"
@@ -339,8 +339,8 @@ def train(config: Config) -> None:
     evaluated = model
     if config.ema_decay:
         evaluated = state["ema"] = make_ema(model)
-    step_losses = (partial(unimatch_v2_losses, network, evaluated) if is_v2
-                   else partial(unimatch_v1_losses, network))
+    losses = (partial(unimatch_v2_losses, network, evaluated) if is_v2
+              else partial(unimatch_v1_losses, network))
     gradients = Gradients(model, rows=2 if pareto or config.measure else 1)
     torch.manual_seed(config.seed + 1000 * rank)  # ranks augment differently
     checkpoint = Checkpoint(config.output, "pos_meo", asdict(config), state)
@@ -356,8 +356,7 @@ def train(config: Config) -> None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         views = make_views(batch, config.crop, data.info.photometry)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-            losses = step_losses(views, config.threshold, config.ohem)
-        loss_sup, loss_unsup, pseudo_label, used = losses
+            loss_sup, loss_unsup, pseudo_label, used = losses(views, config.threshold, config.ohem)
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
                  "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
                  "used": used.sum() / mean_over_ranks(views["valid"].sum())}
@@ -387,7 +386,8 @@ def train(config: Config) -> None:
         if means := log.step(step, terms):
             log.write(step, means)
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)
-            require(not (watched and collapsed), COLLAPSED)
+            whole = step % config.log_every == 0  # the last line may be of few steps
+            require(not (watched and whole and collapsed), COLLAPSED)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")

@@ -2,8 +2,8 @@
 
 mIoU is that of one confusion matrix over all images. A class that is neither labeled nor predicted
 has no IoU: nan, None in results, left out of the mean. One predicted but never labeled scores 0.
-Head and tail are the five classes with most and with fewest labeled pixels. ECE is that of Guo et
-al., "On Calibration of Modern Neural Networks", ICML 2017, with 15 bins over the pixels.
+Head and tail are the five classes (at most half) with most and fewest labeled pixels. ECE is that
+of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, 15 bins over the pixels.
 
     python -m common.evaluate --checkpoint runs/mine/best.pt --threshold 0.95 --figure c.png
     torchrun --nproc-per-node 4 -m common.evaluate --checkpoint runs/mine/best.pt --output r.json
@@ -15,6 +15,7 @@ import argparse
 import csv
 import dataclasses
 import importlib
+import itertools
 import math
 import statistics
 import sys
@@ -27,8 +28,7 @@ from torch import Tensor, nn
 
 from common import medical
 from common.augment import IGNORE, normalize
-from common.data import (Data, DataOptions, EvaluationSet, dataset_info, load_data,
-                         make_loader)
+from common.data import Data, DataOptions, EvaluationSet, dataset_info, load_data, make_loader
 from common.figures import plot_calibration, read_lines, sample_grid
 from common.runtime import (all_reduce_sum, average_buffers, init_distributed, parse, rank,
                             read_checkpoint, read_json, reading, require, run_main, say, world_size,
@@ -128,18 +128,16 @@ def class_probabilities(predict: Predict, images: Tensor, mode: str, crop: int) 
         images = F.pad(images, (0, right, 0, below), mode="replicate")
     crop = crop if mode == "sliding" else max(images.shape[2:])  # one window of all
     stride = max(1, crop * 2 // 3)
-    last_top, last_left = (max(size - crop, 0) for size in images.shape[2:])
+    starts = ([*range(0, side - crop, stride), max(side - crop, 0)] for side in images.shape[2:])
     total = None
     count = images.new_zeros(images.shape[2:], dtype=torch.float32)
-    for top in range(0, last_top + stride, stride):
-        for left in range(0, last_left + stride, stride):
-            rows = slice(min(top, last_top), min(top, last_top) + crop)
-            columns = slice(min(left, last_left), min(left, last_left) + crop)
-            probabilities = predict(images[..., rows, columns]).float().softmax(dim=1)
-            if total is None:
-                total = probabilities.new_zeros(*probabilities.shape[:2], *images.shape[2:])
-            total[..., rows, columns] += probabilities
-            count[rows, columns] += 1
+    for top, left in itertools.product(*starts):
+        rows, columns = slice(top, top + crop), slice(left, left + crop)
+        probabilities = predict(images[..., rows, columns]).float().softmax(dim=1)
+        if total is None:
+            total = probabilities.new_zeros(*probabilities.shape[:2], *images.shape[2:])
+        total[..., rows, columns] += probabilities
+        count[rows, columns] += 1
     return total.div_(count)[..., :height, :width]
 
 
@@ -315,12 +313,12 @@ def table_of_runs(folder: Path, per_class: bool = False) -> str:
     rows = {row: [columns(scores(run), per_class) for run in runs.values()]
             for row, runs in finished_runs(folder).items()}
     require_runs(bool(rows), str(folder))
-    titles = {tuple(scores) for seeds in rows.values() for scores in seeds}
+    titles = {tuple(one) for seeds in rows.values() for one in seeds}
     require(len(titles) == 1, f"{folder} has runs on different classes, or on images and volumes: "
                               f"put them into folders of their own")
     lines = [["run", "seeds", *titles.pop()]]
     for row, seeds in rows.items():
-        values = zip(*(scores.values() for scores in seeds))  # of each column one per seed
+        values = zip(*(one.values() for one in seeds))  # of each column one per seed
         lines.append([row, str(len(seeds)), *map(cell, values)])
     return markdown(lines)
 
@@ -413,7 +411,7 @@ def cell(values: Sequence[float | None]) -> str:
 def report(results: dict) -> str:
     """What is printed of an evaluation: the IoU of every class in %, then all single numbers."""
     lines = []
-    for name, value in {**results["iou"], **results}.items():
+    for name, value in (*results["iou"].items(), *results.items()):
         if isinstance(value, float):
             lines.append(f"{name:24}{value:10.4f}")
         elif not isinstance(value, (dict, list)):
@@ -451,18 +449,14 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, help="processes that read images, per rank")
     args = parser.parse_args()
     if args.table:
-        print(table_of_runs(args.table, args.per_class))
-        return
+        return print(table_of_runs(args.table, args.per_class))
     if args.claims:
-        print(table_of_claims(args.claims))
-        return
+        return print(table_of_claims(args.claims))
     if args.figure:
         import matplotlib  # noqa: F401  missing: said now, not after the work
 
     device = init_distributed(args.device)[2]
-    changes = dict(args.set)
-    if args.data_root:
-        changes["data_root"] = args.data_root
+    changes = dict(args.set) | ({"data_root": args.data_root} if args.data_root else {})
     network, config, info = load_predictor(args.checkpoint, device, changes)
     results = {"checkpoint": str(args.checkpoint), "split": args.split,
                "set": {name: config[name] for name in changes}}

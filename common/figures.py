@@ -1,6 +1,6 @@
 """Pictures of label maps, which need only Pillow, and the papers' figures, which need matplotlib.
 
-    python -m common.figures runs/shapes/daw    # draws what a run folder's log holds
+    python -m common.figures runs/shapes/daw/seed0    # draws what a run folder's log holds
 
 Label maps are uint8 [H, W]; 255 (ignored) and other values without a colour are light grey.
 Images are uint8. Arrays and CPU tensors are both fine. Files appear whole or not at all; UserError
@@ -263,7 +263,7 @@ def plot_gradients(lines: Sequence[dict], path: str | Path) -> None:
         axes.axhline(reference, color="black", linewidth=0.8)
         axes.set(title=name, xlabel="iteration", ylim=(2 * reference - 1.05, 1.05))
     pair = {name: column[name] for name in ("norm_sup", "norm_unsup")}
-    edges = np.linspace(0, np.quantile(list(pair.values()), 0.995), 61)
+    edges = np.linspace(0, np.nanquantile(list(pair.values()), 0.995), 61)
     norms.hist(pair.values(), edges, histtype="stepfilled", alpha=0.6, label=list(pair))
     norms.set(title="gradient norms", xlabel="norm", ylabel="steps")
     norms.legend()
@@ -317,7 +317,9 @@ def main():
     folder, *others = parser.parse_args().runs
     if curves := read_json(folder / "landscape.json"):
         labels = {"loss": "training loss", "miou": "mIoU (%)"}
-        return plot_landscape(curves, labels, folder / "landscape.png")
+        plot_landscape(curves, labels, folder / "landscape.png")
+        if not others and not (folder / "metrics.jsonl").is_file():
+            return
     runs = {run: read_lines(run) for run in (folder, *others)}
     if others:
         for run, lines in runs.items():

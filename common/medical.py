@@ -160,7 +160,7 @@ def turn(array: np.ndarray, affine: np.ndarray, back: bool = False) -> np.ndarra
 
 def volumes_in(folder: Path) -> list[VolumeFile]:
     """All .npz files of a folder, each a patient of its own."""
-    files = [VolumeFile(path.stem, path.stem, path) for path in sorted(folder.glob("*.npz"))]
+    files = [VolumeFile(path.stem, path.stem, path) for path in sorted(folder.glob("[!.]*.npz"))]
     require(bool(files), f"no .npz volume in {folder}")
     return files
 
@@ -218,8 +218,7 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     copies = copies_of(scored, learned)
     require(not copies, f"{[*copies][:1]} is of val or test, too, under another name: remove one")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
-    tag = f"{info.name}_{wanted}{drawn}"
-    data = VolumeData(info, root, labeled, unlabeled, val, test, tag)
+    data = VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
     require(options.lists in (None, data.digest),
             f"the lists of volumes in {root} have the digest {data.digest}, not {options.lists}")
     return data
@@ -313,8 +312,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 def surface(mask: np.ndarray) -> np.ndarray:
     """Voxels with a face neighbour outside of the mask or of the volume, bool [Z, H, W]."""
-    padded = np.pad(mask, 1)
-    inside = padded
+    inside = padded = np.pad(mask, 1)
     for axis in range(3):
         inside = inside & np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
     return mask & ~inside[1:-1, 1:-1, 1:-1]

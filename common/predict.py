@@ -4,9 +4,9 @@
 
 holiday.jpg gives holiday.png, a palette PNG of its size whose values are the class numbers (for
 Cityscapes grey labelIds), and holiday_overlay.png. (`--mode whole` is how pascal and coco are
-scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz, the volume with
-the predicted label, heart.nii.gz gives heart.nii.gz, the labels on its grid. What cannot be read is
-reported and left out; the exit status is then 1.
+scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz, the image
+(min-max normalised) with the predicted label, heart.nii.gz gives heart.nii.gz, the labels on its
+grid. What cannot be read is reported and left out; the exit status is then 1.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from common.augment import normalize
 from common.data import PICTURES, TO_LABEL_ID, DatasetInfo, open_image
 from common.evaluate import MODES, Predict, change, class_probabilities, load_predictor
 from common.figures import overlay, save_indexed_png, save_png
-from common.medical import (VolumeInfo, min_max, read_volume, segment_volume, turn,
-                            write_volume)
+from common.medical import VolumeInfo, min_max, read_volume, segment_volume, turn, write_volume
 from common.runtime import (UserError, explain, init_distributed, reading, require, run_main,
                             write_atomically)
 
@@ -50,8 +49,8 @@ def output_paths(files: list[Path], folder: Path, of_volumes: bool) -> dict[Path
 
     Raises UserError where an input would be overwritten.
     """
-    inputs = {file.resolve() for file in files}
-    outputs, taken = {}, set()  # names in lower case: some disks know no other
+    inputs = {str(file.resolve()).lower() for file in files}  # lower: some disks know no case
+    outputs, taken = {}, set()
     for file in files:
         compressed = file.suffix.lower() == ".gz"
         ending = "".join(file.suffixes[-2:]) if compressed else file.suffix
@@ -63,7 +62,7 @@ def output_paths(files: list[Path], folder: Path, of_volumes: bool) -> dict[Path
             name = f"{stem}_{number}"
         outputs[file] = [folder / f"{name}{ending}" for ending in endings]
         taken.update(path.name.lower() for path in outputs[file])
-        require(inputs.isdisjoint(path.resolve() for path in outputs[file]),
+        require(inputs.isdisjoint(str(path.resolve()).lower() for path in outputs[file]),
                 f"the result for {file} would overwrite an input: choose another --output")
     return outputs
 
@@ -89,7 +88,7 @@ def predict_volume(predict: Predict, source: Path, target: Path, info: VolumeInf
     if source.suffix.lower() != ".npz":
         predict_nifti(predict, source, target, info, size, device)
         return
-    volume = read_volume(source)
+    volume = read_volume(source, with_label=False)
     label = segment_volume(predict, volume.image, size, device)
     write_volume(target, dataclasses.replace(volume, label=label))
 

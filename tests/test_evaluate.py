@@ -220,6 +220,11 @@ def test_undefined_values_are_none(data, network):
             ev.evaluate(network, data, split, 16, CPU)
 
 
+def test_a_class_may_have_the_name_of_a_number():
+    printed = ev.report({"iou": {"images": 61.5}, "images": 12})
+    assert printed.split() == ["images", "61.5000", "images", "12"]
+
+
 def test_ranks_share_the_images_and_agree_after_one_message(data, network, tmp_path):
     network = nn.Sequential(nn.BatchNorm2d(3), network)
 

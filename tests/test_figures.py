@@ -208,7 +208,11 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
         line |= GAUSSIANS | gradients | {"t_star": 0.5}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run_as_program(*command)[0] == 0
-    names = {"distributions.png", "gradients.png", "metrics.jsonl", "pseudo_labels.png"}
+    (tmp_path / "gradients.png").unlink()
+    (tmp_path / "landscape.json").write_text('{"x": [{"distance": 0, "loss": 1, "miou": 5}]}')
+    assert run_as_program(*command)[0] == 0
+    names = {"distributions.png", "gradients.png", "metrics.jsonl", "pseudo_labels.png",
+             "landscape.json", "landscape.png"}
     assert {file.name for file in tmp_path.iterdir()} == names
     scatter = next(figure for figure in drawn if len(figure.axes) == 5).axes[0].collections[0]
     assert scatter.get_offsets()[:, 0].tolist() == list(range(10, 210, 10))

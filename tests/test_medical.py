@@ -499,6 +499,7 @@ def test_volumes_of_a_folder(scored, tmp_path):
     assert sorted(file.path for file in found) == sorted(file.path for file in files)
     assert str(tmp_path) in error_of(medical.volumes_in, tmp_path)
     write_volume(tmp_path / "bare.npz", replace(random_volume(), label=None))
+    (tmp_path / "._bare.npz").write_bytes(b"macOS's double")
     bare = (Decode(), medical.volumes_in(tmp_path), INFO, 16, CPU)
     assert "bare.npz has no label" in error_of(medical.evaluate_volumes, *bare)
 

@@ -372,10 +372,11 @@ def test_recipes(dataset, baseline, expected, monkeypatch):
         assert {name: config[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("classes, factor, watched, stops", [
-    (1, 1.5, 1, True), (2, 1.5, 1, False), (1, 1.4, 1, False), (1, 1.5, 2, False)])
-def test_a_collapsed_run_is_stopped(classes, factor, watched, stops, shapes, tmp_path, float64,
-                                    monkeypatch):
+@pytest.mark.parametrize("classes, factor, every, watched, stops", [
+    (1, 1.5, 1, 1, True), (2, 1.5, 1, 1, False), (1, 1.4, 1, 1, False), (1, 1.5, 1, 2, False),
+    (1, 4, 3, 3, False)])  # there the fourth step has a line of its own, as it is the last
+def test_a_collapsed_run_is_stopped(classes, factor, every, watched, stops, shapes, tmp_path,
+                                    float64, monkeypatch):
     """The loss on labels grows to 3.4 or 2.7 times what it was in the first of four steps."""
     growth = [factor**step for step in range(4)]
 
@@ -389,9 +390,11 @@ def test_a_collapsed_run_is_stopped(classes, factor, watched, stops, shapes, tmp
     expected = pytest.raises(runtime.UserError, match="--warmup") if stops else nullcontext()
     for _ in range(1 + stops):  # the same command goes on from the second step, and stops again
         with expected:
-            pos_meo.train(configured("--data-root", shapes, "--output", tmp_path))
+            pos_meo.train(configured("--data-root", shapes, "--output", tmp_path,
+                                     "--log-every", every))
         growth += [factor**2, factor**3]
-    assert [line["one_class"] for line in lines_of(tmp_path)] == 4 * [classes == 1]
+    logged = [line["one_class"] for line in lines_of(tmp_path)]
+    assert logged == (4 if every == 1 else 2) * [classes == 1]
 
 
 @pytest.mark.parametrize("options", [[], ["--strategy", "uniform", "--no-measure"]])

@@ -109,11 +109,12 @@ def test_label_maps_are_aligned_where_scores_are_not(command, monkeypatch, tmp_p
 def test_inputs_are_never_overwritten(network, command, tmp_path):
     write_picture(tmp_path / "a.jpg", 9, 7)
     write_picture(tmp_path / "a.png", 9, 7)
+    write_picture(tmp_path / "b.PNG", 9, 7)  # some disks know no case
     before = (tmp_path / "a.png").read_bytes()
-    for given in (["a.jpg", "a.png"], ["a.png"]):
+    for given in (["a.jpg", "a.png"], ["a.png"], ["b.PNG"]):
         with pytest.raises(UserError, match="overwrite an input.*--output"):
             command("--output", tmp_path, *(tmp_path / name for name in given))
-    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
 
 
 def test_cityscapes_is_written_as_label_ids(command, monkeypatch, tmp_path):
@@ -169,7 +170,8 @@ def blobs() -> np.ndarray:
 
 
 def test_npz_volumes_keep_image_and_spacing(for_volumes, command, tmp_path):
-    volume = Volume(blobs().astype(np.float32), None, (5.0, 1.5, 1.25))
+    label = np.full((3, 16, 24), 500)  # of no class, and not needed
+    volume = Volume(blobs().astype(np.float32), label, (5.0, 1.5, 1.25))
     for folder in "ab":
         write_volume(tmp_path / folder / "heart.npz", volume)
     status, said, problems = command("--output", tmp_path / "out", tmp_path / "a", tmp_path / "b")
