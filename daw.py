@@ -263,7 +263,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
 
 def describe(statistics: Statistics, threshold: float) -> dict[str, float]:
     """For the log: t*, the Gaussians, (E1, E2) of every weighting, and "shift", how far the mean
-    predictions of Eq. 12 on labeled and on unlabeled images are apart (total variation, 0 to 1)."""
+    predictions of Eq. 12 on labeled and unlabeled images are apart (total variation, in [0, 1])."""
     gaussians = [float(value) for value in statistics.gaussians()]  # read back from the device
     mu_pos, var_pos, mu_neg, var_neg, num_classes = gaussians
     t_star = optimal_threshold(*gaussians)

@@ -308,7 +308,6 @@ def train(config: Config) -> None:
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
     pareto = config.strategy.startswith("pos")
-    watched = pareto and config.log_every >= WATCHED
     part = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
     steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
     config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // part if pareto else 0,
@@ -386,8 +385,8 @@ def train(config: Config) -> None:
         if means := log.step(step, terms):
             log.write(step, means)
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)
-            whole = step % config.log_every == 0  # the last line may be of few steps
-            require(not (watched and whole and collapsed), COLLAPSED)
+            covered = step % config.log_every or config.log_every  # steps of this line
+            require(not (pareto and covered >= WATCHED and collapsed), COLLAPSED)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")

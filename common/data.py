@@ -427,13 +427,14 @@ def random_split(samples: list[Sample], root: Path, num_classes: int, labeled: s
 
 def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, full):
     """The labeled images: a list of the user, drawn from `full`, published, or from `train`."""
-    labeled, seed = options.labeled or info.default_labeled, options.split_seed
+    labeled = options.labeled or info.default_labeled
+    seed = None if options.labeled == "all" else options.split_seed
     published, ours = published_lists(info.name), root / "ImageSets" / "Segmentation"
     if options.labeled_list:
         return read_list(Path(options.labeled_list), root)
     if info.name == "folder":
         pairs = sorted([sample for sample in train if sample.mask], key=lambda sample: sample.name)
-        if options.labeled == "all" or labeled == "all" and seed is None:
+        if labeled == "all" and seed is None:
             return pairs
         count = images_asked_for(labeled, len(pairs))
         return covering_choice(pairs, root, info.num_classes, count, seed or 0)

@@ -328,7 +328,7 @@ def main():
     lines = runs[folder]
     keys = sorted({key for line in lines for key in line})
     classes = [key.removeprefix("pseudo ") for key in keys if key.startswith("pseudo ")]
-    require("t_star" in keys or "cosine" in keys or classes,
+    require(curves or "t_star" in keys or "cosine" in keys or classes,
             f"{folder}/metrics.jsonl has nothing to draw: no t_star, cosine or pseudo <class>")
     if "t_star" in keys:
         plot_distributions(lines, folder / "distributions.png")

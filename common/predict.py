@@ -49,8 +49,10 @@ def output_paths(files: list[Path], folder: Path, of_volumes: bool) -> dict[Path
 
     Raises UserError where an input would be overwritten.
     """
-    inputs = {str(file.resolve()).lower() for file in files}  # lower: some disks know no case
-    outputs, taken = {}, set()
+    def place(path: Path) -> tuple[Path, str]:  # some disks know no case
+        return path.resolve().parent, path.name.lower()
+
+    inputs, outputs, taken = set(map(place, files)), {}, set()
     for file in files:
         compressed = file.suffix.lower() == ".gz"
         ending = "".join(file.suffixes[-2:]) if compressed else file.suffix
@@ -62,7 +64,7 @@ def output_paths(files: list[Path], folder: Path, of_volumes: bool) -> dict[Path
             name = f"{stem}_{number}"
         outputs[file] = [folder / f"{name}{ending}" for ending in endings]
         taken.update(path.name.lower() for path in outputs[file])
-        require(inputs.isdisjoint(str(path.resolve()).lower() for path in outputs[file]),
+        require(inputs.isdisjoint(map(place, outputs[file])),
                 f"the result for {file} would overwrite an input: choose another --output")
     return outputs
 
