@@ -62,7 +62,7 @@ class Config(VolumeOptions, RunOptions):
     w2g: bool = option(True, "weak-to-truth transport on labeled ones, Eq. 11; off: strong to weak")
     colors: bool = option(True, "semantic colours (SCS); off: grey levels")
     guidance: str | None = option(None, "tau (CG), Table 5 (dice; released)", choices=GUIDANCE)
-    threshold: float = option(0.8, "that a pseudo label's confidence reaches", low=0, below=1)
+    threshold: float = option(0.8, "least confidence of a pseudo label", low=0, below=1)
     consistency: float | None = option(None, "weight of pseudo labels, once it has risen", low=0)
     rampup: int | None = option(None, "iterations in which it rises", low=0)
     warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
