@@ -59,11 +59,11 @@ def output_paths(files: list[Path], folder: Path, of_volumes: bool) -> dict[Path
         endings = (ending,) if of_volumes else (".png", "_overlay.png")
         stem = name = file.name.removesuffix(ending)
         number = 1
-        while not taken.isdisjoint(f"{name}{ending}".lower() for ending in endings):
+        while not taken.isdisjoint(place(folder / f"{name}{ending}") for ending in endings):
             number += 1
             name = f"{stem}_{number}"
         outputs[file] = [folder / f"{name}{ending}" for ending in endings]
-        taken.update(path.name.lower() for path in outputs[file])
+        taken.update(map(place, outputs[file]))
         require(inputs.isdisjoint(map(place, outputs[file])),
                 f"the result for {file} would overwrite an input: choose another --output")
     return outputs
