@@ -198,7 +198,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
-    # DDP takes the mean over ranks: divided so, that of the global batch's pixels.
+    # Ranks' gradients are averaged: so divided, into the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -341,7 +341,7 @@ def train(config: Config) -> None:
             log.write(step, {**means, **more})
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
+    write_samples(evaluated.eval(), data, config.crop, device, checkpoint.folder / "samples.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:

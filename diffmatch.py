@@ -34,7 +34,7 @@ from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize,
                             to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
-from common.evaluate import evaluate, write_sample_grid, write_samples
+from common.evaluate import evaluate, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, init_distributed, mean_over_ranks, neighbour, option,
@@ -46,7 +46,7 @@ class Config(DataOptions, RunOptions):
     """What touches learning; None: as the data set's recipe in common/data.py has it."""
 
     layers: int = option(4, "L, of deformable attention in the mask denoiser (Table 7)", low=1)
-    encoding: str = option("embedding", "of labels, Alg. 2 or 3.4", choices=("embedding", "bits"))
+    encoding: str = option("embedding", "Algorithm 2 or Section 3.4", choices=("embedding", "bits"))
     mask_channels: int = option(256, "of encoded labels (Algorithm 3); 0: no mask", low=0)
     mask_start: str = option("zero", "of f's weights for y_t, ours", choices=("zero", "ddp"))
     scale: float = option(0.1, "b: encoded labels lie in [-b, b] (Table 8)", above=0)
@@ -161,7 +161,7 @@ class ClassPrior(nn.Module):
 def class_counts(label: Tensor, num_classes: int) -> Tensor:
     """Pixels of each class, float64 [C], in int64 label maps of any shape with 255 = ignore."""
     counts = torch.zeros(IGNORE + 1, dtype=torch.float64, device=label.device)
-    ones = torch.ones_like(label, dtype=torch.float64)
+    ones = torch.ones_like(label, dtype=torch.float64)  # bincount would wait for the device
     return counts.scatter_add_(0, label.flatten(), ones.flatten())[:num_classes]
 
 
@@ -194,7 +194,7 @@ class DeformableAttention(nn.Module):
         y = place // width + offset_y.unflatten(-1, (self.heads, self.points))
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
         grid = grid.transpose(1, 2).flatten(0, 1)  # [B heads, h w, points, 2]
-        weight = logits.unflatten(-1, (self.points, self.heads)).softmax(dim=2)  # slow along -1
+        weight = logits.unflatten(-1, (self.points, self.heads)).softmax(dim=2)  # -1: slower
         weight = weight.permute(0, 3, 1, 2).flatten(0, 1)  # [B heads, h w, points]
         maps = self.value(features).transpose(1, 2).reshape(len(grid), -1, height, width)
         found = F.grid_sample(maps.to(grid.dtype), grid, align_corners=False)
@@ -238,7 +238,7 @@ class MaskDenoiser(nn.Module):
         height, width = z.shape[2:]
         x = torch.cat([y_t.to(z.dtype), z], dim=1)
         x = self.fuse(x.flatten(2).transpose(1, 2))  # [B, h w, D]
-        # Sampling begins at t = 1, with log SNR -19; of training times 2 % lie below -7.
+        # Ours: sampling begins at log SNR -19, but of the times in training 2 % lie below -7.
         snr = log_snr(t).clamp(-7, 7).float()[:, None]
         angle = 2 * math.pi * snr * self.frequencies
         time = F.silu(self.time(torch.cat([snr, angle.sin(), angle.cos()], dim=1)))  # [B, 4 D]
@@ -273,8 +273,8 @@ class LabelEncoding(nn.Module):
 class DiffMatch(nn.Module):
     """forward(images [B, 3, H, W]): g -> z [B, D, h, w], a quarter of the size (tiny: half); with
     perturb=k also z of the last k images without half of the encoder's channels, decoded beside
-    the others. forward(denoise=(z, y_t, t)): f -> logits [B, C, h, w]; also a forward, as DDP sees
-    no other calls."""
+    the others. forward(denoise=(z, y_t, t)): f -> logits [B, C, h, w]; also a forward, as
+    DistributedDataParallel sees no other calls."""
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default", layers: int = 4,
                  encoding: str = "embedding", mask_channels: int = 256, mask_start: str = "zero",
@@ -294,8 +294,8 @@ class DiffMatch(nn.Module):
 
     def parameter_groups(self, lr: float, head_lr_multiplier: float) -> list[dict]:
         encoder, head = self.extractor.parameter_groups(lr, head_lr_multiplier)
-        mask = [*self.denoiser.parameters(), *self.encode.parameters()]
-        return [encoder, {**head, "params": head["params"] + mask}]
+        head["params"] += [*self.denoiser.parameters(), *self.encode.parameters()]
+        return [encoder, head]
 
 
 class Sampler(nn.Module):
@@ -356,8 +356,8 @@ def downsample(label: Tensor, size: torch.Size) -> Tensor:
 
 def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, config: Config,
               ohem: float = 0.0) -> Tensor:
-    """Eq. 10, 11 of one view: cross entropy, in place of L2 (Section 3.4), of used pixels, by OHEM
-    of the hard ones, and Eq. 9 of known pixels; their sum by the known pixels of the global batch.
+    """Eq. 10, 11 of one view: cross entropy, in place of L2 (Section 3.4), of used pixels, with
+    OHEM of the hard ones, plus Eq. 9 of known pixels; divided by the known ones, of all ranks.
     logits [B, C, H, W], target [B, 2, H, W]: known and used labels, prior [C], t [B]."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
     loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
@@ -369,7 +369,7 @@ def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, co
 def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: ClassPrior,
                    classes: tuple, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """Algorithm 1: (loss, terms for the log). Updates the prior. names: of the strong views.
-    network: `model`, or what DDP and torch.compile have made of it."""
+    network: `model`, or what torch.compile and DistributedDataParallel have made of it."""
     size, single_view = len(views["weak"]), len(names) == 1
     images = torch.cat([views["labeled"], views["weak"]])
     strong = torch.cat([views[name] for name in names])
@@ -478,10 +478,10 @@ def train(config: Config) -> None:
             log.write(step, means)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    write_samples(sampler, data, config.crop, device, checkpoint.folder / "samples.png")
+    write_samples(sampler.eval(), data, config.crop, device, checkpoint.folder / "samples.png")
     captions = ["image", "label"] + [f"step {step + 1}" for step in range(config.steps)]
-    write_sample_grid(sampler.each_step, captions, data, config.crop, device,
-                      checkpoint.folder / "trajectory.png")
+    write_samples(sampler.each_step, data, config.crop, device,
+                  checkpoint.folder / "trajectory.png", captions)
 
 
 def build_predictor(config: dict, num_classes: int, state: dict | None = None) -> Sampler:

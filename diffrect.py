@@ -47,7 +47,7 @@ RECTIFY = ("lcc", "diffrect")
 MODELS = ("supervised", "fixmatch", *RECTIFY)
 GUIDANCE = ("dice", "jaccard", "both", "fixed", "random", "none", "released")
 STEPS = 10  # T of Eq. 7: the released code's, the paper gives none
-TAU_SCALE = 1000  # tau in [0, 1] is embedded as DDPM embeds its 1000 steps
+TAU_SCALE = 1000  # tau of 0 to 1 is embedded as DDPM embeds its 1000 steps; released: 999
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Config(VolumeOptions, RunOptions):
 
 
 def complete(config: Config, data: VolumeData, device: torch.device) -> Config:
-    """Without None. Raises UserError for options that do not go together."""
+    """With the recipe's values for None. Raises UserError for options that do not go together."""
     info = data.info
     config = with_defaults(config, batch_size=info.batch_size, iterations=info.iterations)
     scale = config.batch_size / info.batch_size
@@ -115,7 +115,7 @@ def semantic_colors(num_classes: int) -> Tensor:
 def color_masks(labels: Tensor, colors: Tensor) -> Tensor:
     """f of Eq. 4: labels [B, H, W], colors uint8 [C, 3] -> [B, 3, H, W] in [0, 1]; 255 as 0."""
     labels = torch.where(labels == IGNORE, 0, labels.long())
-    return (colors.float() / 255).to(labels.device)[labels].permute(0, 3, 1, 2)
+    return (colors.float() / 255)[labels].permute(0, 3, 1, 2)
 
 
 def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = False,
@@ -300,7 +300,7 @@ class Rectifier(nn.Module):
         self.mask_encoder = Encoder(4, channels, guided)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
         self.decoder = Decoder(channels, len(colors), guided)
-        self.register_buffer("alpha_bar", cosine_alpha_bar(max(diffusion_steps, 1)).float(),
+        self.register_buffer("alpha_bar", cosine_alpha_bar(diffusion_steps).float(),
                              persistent=False)
         self.register_buffer("colors", colors, persistent=False)
 
@@ -409,7 +409,7 @@ def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
 
     strong, weak: logits [B, C, H, W]; the rest as for `mask_loss`. released: Dice too, and the
     complementary loss of SSL4MIS: weak's least likely class is to be unlikely in strong (there,
-    too, a softmax of 1 - p; its weight is of each rank's slices).
+    too, a softmax of 1 - p; its weight is of each rank's slices, with pixels that are not valid).
     """
     loss = mask_loss(strong, label, used, valid, dice=released)
     if not released:

@@ -116,7 +116,7 @@ def pos_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
     With `cap`, what Eq. 6 has above it is lowered, as long as that does not harm L_unsup.
     """
     conflict = su.clamp(max=0)
-    least = -conflict / (uu - conflict)  # there <h, g_u> is 0, below it L_unsup is harmed
+    least = -conflict / (uu - conflict)  # (1 - a) su + a uu = 0; below it L_unsup is harmed
     alpha_unsup = minimum_norm_weight(ss, su, uu).clamp(max=cap).clamp(min=least)
     vanishing = torch.minimum(ss, uu) <= ROUNDING**2 * torch.maximum(ss, uu)
     return torch.where(vanishing, 0.5, alpha_unsup)
@@ -234,7 +234,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
-    # Gradients' mean over ranks is taken: divided so, that of the global batch's pixels.
+    # Ranks' gradients are averaged: so divided, into the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -327,7 +327,7 @@ def train(config: Config) -> None:
         checkpoint_activations(model, config.compile)
     model.to(device, memory_format=torch.channels_last)
     network = torch.compile(model) if config.compile else model
-    functorch.donated_buffer = False  # when compiled: a graph is walked twice
+    functorch.donated_buffer = False  # else the first backward, compiled, frees the second's
     groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
     if is_v2:
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
@@ -387,9 +387,10 @@ def train(config: Config) -> None:
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)
             covered = step % config.log_every or config.log_every  # steps of this line
             require(not (pareto and covered >= WATCHED and collapsed), COLLAPSED)
+        del loss_sup, loss_unsup, terms  # a retained graph must not outlive the next forward pass
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    write_samples(evaluated, data, config.crop, device, checkpoint.folder / "samples.png")
+    write_samples(evaluated.eval(), data, config.crop, device, checkpoint.folder / "samples.png")
 
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:

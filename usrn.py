@@ -11,7 +11,7 @@ clusters cells, means of 2 x 2 features (PSPNet: of one), and unlabeled losses a
     stage 2       balanced clusters of F's features          make_subclasses, balanced_kmeans
     Eq. 2         losses on classes and on subclasses        supervised_loss
     Eq. 3         S: pseudo labels above gamma               select
-    Eq. 4, 6, 7   the class that F_sub sees; the gate        regularize, entropy_gate
+    Eq. 4, 6, 7   regularized labels; the gate               regularize, entropy_gate
     Eq. 4, 5, 7   losses on pseudo labels                    weighted_loss
     Eq. 8         the total                                  usrn_loss
     Eq. 9         class balance rate                         class_balance_rate
@@ -55,11 +55,12 @@ PARTS = ("MSL",  # supervised losses on classes and on subclasses, Eq. 2
 MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
           "III": PARTS[:3], "IV": PARTS[:4], "USRN": PARTS}  # Table 3
 MOST_SUBCLASSES = 255  # 0 to 254: what a PNG with 255 = ignore can hold
+LATER = ("threshold", "gate", "lambda_sub", "lambda_u", "clustering", "share", "max_subclasses")
 
 
 @dataclass
 class Config(DataOptions, RunOptions):
-    """What touches learning; None: as the data set's recipe in common/data.py has it."""
+    """What touches learning; None: as the brackets say, or the recipe in common/data.py."""
 
     model: str = option("USRN", "row of Table 3, or without F_sub", choices=tuple(MODELS))
     threshold: float = option(0.75, "gamma of Eq. 3", low=0, below=1)
@@ -92,7 +93,7 @@ class Config(DataOptions, RunOptions):
 
 
 def subclasses_to_parents(probs: Tensor, parent_of: Tensor, num_classes: int) -> Tensor:
-    """M of Eq. 4, 7: of subclasses [B, K, ...] -> of classes [B, C, ...], sums; parent_of [K]."""
+    """M of Eq. 7: of subclasses [B, K, ...] -> of classes [B, C, ...], sums; parent_of [K]."""
     parents = probs.new_zeros(len(probs), num_classes, *probs.shape[2:])
     return parents.index_add_(1, parent_of, probs)
 
@@ -140,7 +141,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
-    # DDP takes the mean over ranks: divided so, that of the global batch's pixels.
+    # Ranks' gradients are averaged: so divided, into the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -170,7 +171,7 @@ class USRN(nn.Module):
         everything = [name for name, _ in encoder.named_children()]
         for name in {"none": (), "low": encoder.low_parts, "all": everything}[share]:
             parent, _, child = name.rpartition(".")
-            delattr(encoder.get_submodule(parent), child)  # F's is used
+            delattr(encoder.get_submodule(parent), child)  # F's is used; DDP must not see this one
 
     def forward(self, images: Tensor, labeled: int, subclassed: int = 0) -> tuple:
         size = images.shape[2:]
@@ -179,11 +180,11 @@ class USRN(nn.Module):
         logits = self.classify(self.model, low, high, labeled, size)
         if not subclassed:
             return *logits, None, None
+        low, high = low[:subclassed], high[:subclassed]
         if self.share == "none":
             low = self.subclass_model.encoder.low_level(images[:subclassed])
         if self.share != "all":
-            high = self.subclass_model.encoder.high_level(low[:subclassed])
-        low, high = low[:subclassed], high[:subclassed]
+            high = self.subclass_model.encoder.high_level(low)
         return *logits, *self.classify(self.subclass_model, low, high, labeled, size)
 
     def classify(self, model: nn.Module, low: Tensor, high: Tensor, labeled: int, size) -> tuple:
@@ -194,7 +195,7 @@ class USRN(nn.Module):
 
 def make_views(batch: dict[str, Tensor], photometry: Photometry,
                parent_of: Tensor | None) -> dict[str, Tensor]:
-    """Weak crops, uint8 -> normalised views; with `parent_of` [K], labels are of subclasses."""
+    """Weak crops, uint8 -> normalised views; with `parent_of` [K] labels come as subclasses."""
     views = {**batch, "labeled": normalize(batch["labeled"])}
     if parent_of is not None:
         parents = F.pad(parent_of, (0, IGNORE + 1 - len(parent_of)), value=IGNORE)
@@ -239,12 +240,12 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         own_label, confident = select(probs, threshold)
         if "USR" in parts:
             sub_probs = sub_logits_weak.softmax(dim=1)
-            seen, gate = parent_of[sub_probs.argmax(dim=1)], torch.ones_like(valid)
+            seen, gate = parent_of[sub_probs.argmax(dim=1)], torch.ones_like(valid)  # Eq. 4
             if "EGM" in parts:
                 gate, seen = entropy_gate(probs, sub_probs, parent_of, config.gate)
             regularized = regularize(probs, seen, gate)  # Eq. 4, 6
-        # Where the gate is closed: F's own pseudo label. The paper stops "the back-propagation",
-        # by Eq. 3 and 6 that of all pseudo labels there, by Section 1 the learning with subclasses.
+        # Where the gate is closed, F's own label: by Section 1 F_sub alone has no say there. By
+        # Eq. 3 and 6 such a cell would not be learned from.
         pseudo_label, used = select(regularized, threshold)
         used, vetoed = used & valid, confident & valid & ~used
     terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, num_cells)  # Eq. 7
@@ -298,7 +299,7 @@ def balanced_kmeans(features: Tensor, num_clusters: int, seed: int, balanced=Tru
 
 
 def spread_centroids(features: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii, 2007): points, drawn by squared distance to others."""
+    """k-means++ (Arthur, Vassilvitskii, 2007): points drawn by squared distance to drawn ones."""
     some = torch.randperm(len(features), generator=generator)[: max(64 * num_clusters, 2048)]
     sample, distance = features[some].float(), torch.tensor(math.inf)
     centroids = sample[:1]
@@ -454,10 +455,11 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
             clusters = balanced_kmeans(own, count, config.seed, config.clustering == "balanced")
             centroids = cluster_means(own, clusters, torch.zeros(count, own.shape[1]))
             distances = squared_distances(features, centroids)
-            distances[:, torch.bincount(clusters, minlength=count) == 0] = math.inf
+            own_sizes = torch.bincount(clusters, minlength=count)
+            distances[:, own_sizes == 0] = math.inf
             table[:, parent] += distances.argmin(dim=1).byte()
             table[members, parent] = (first + clusters).byte()
-            sizes[first : first + count] = torch.bincount(clusters, minlength=count)
+            sizes[first : first + count] = own_sizes
 
     tables, rows = table.split([h * w for h, w in grids]), []
     images = EvaluationSet(data.labeled, data.root, data.info.num_classes)
@@ -484,10 +486,11 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
     record = folder / "subclasses.json"
     files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
     if not all(file.is_file() for file in (record, *files)):
-        output = str(folder.with_name("supervised"))
-        model = train(replace(config, model="baseline", output=output, iterations=steps,
-                              eval_every=steps, save_every=config.save_every or config.eval_every),
-                      data, device)
+        options = {name: getattr(Config, name) for name in LATER}  # one stage 1 serves all
+        options |= {"iterations": steps, "eval_every": steps, "model": "baseline",
+                    "save_every": config.save_every or config.eval_every,
+                    "output": str(folder.with_name("supervised"))}
+        model = train(replace(config, **options), data, device)
         with main_first():
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -561,7 +564,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
             log.write(step, means)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
-    write_samples(model, data, config.crop, device, checkpoint.folder / "samples.png")
+    write_samples(model.eval(), data, config.crop, device, checkpoint.folder / "samples.png")
     return model
 
 

@@ -351,10 +351,8 @@ def random_weights_like(state: dict[str, Tensor]) -> str:
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], what: str) -> nn.Module:
     """The model with these weights. Raises a UserError about `what` if they do not fit."""
-    own = model.state_dict()
-    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
     try:
-        model.load_state_dict(counters | state)
+        model.load_state_dict(dict(state))  # of a plain dict, counters may be missing
     except RuntimeError as error:
         reasons = str(error).splitlines()[1:]
         reason = textwrap.shorten(" ".join(reasons), 250)  # there may be a hundred keys

@@ -534,18 +534,14 @@ def check_lists(data: Data) -> None:
 
 def copies_of(evaluated: list[Path], files: list[Path]) -> set[Path]:
     """Those of `files` whose content is that of an evaluated one: a picture under two names."""
-    def size(path: Path) -> int:
-        with reading(path):
-            return path.stat().st_size
+    def digest(path: Path) -> bytes:
+        return hashlib.sha256(path.read_bytes()).digest()
 
-    def content(path: Path) -> bytes:
-        with reading(path):
-            return hashlib.sha256(path.read_bytes()).digest()
-
-    sizes = {size(path) for path in evaluated}
-    alike = [path for path in files if size(path) in sizes]  # the others are not read
-    known = {content(path) for path in evaluated if alike}
-    return {path for path in alike if content(path) in known}
+    with reading("a file"):  # the reason names it
+        sizes = {path.stat().st_size for path in evaluated}
+        alike = [path for path in files if path.stat().st_size in sizes]  # others are not read
+        known = {digest(path) for path in evaluated if alike}
+        return {path for path in alike if digest(path) in known}
 
 
 # ---------------------------------------------------------------- reading

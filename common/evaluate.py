@@ -65,11 +65,6 @@ def iou_per_class(confusion: Tensor) -> Tensor:
     return intersection / (confusion.sum(dim=0) + confusion.sum(dim=1) - intersection)
 
 
-def mean_iou(confusion: Tensor) -> float:
-    """In 0..1, over the classes that have an IoU; nan if none has."""
-    return iou_per_class(confusion).nanmean().item()
-
-
 def head_and_tail(pixels: Sequence[int] | Tensor, k: int = 5) -> tuple[list[int], list[int]]:
     """The k classes with most pixels, most first, and the k with fewest; at most half each."""
     order = torch.as_tensor(pixels).argsort(descending=True, stable=True).tolist()
@@ -184,7 +179,7 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
     iou, pixels = 100 * iou_per_class(confusion), confusion.sum()
     head, tail = head_and_tail(data.class_pixels)
     results = {
-        "miou": finite(100 * mean_iou(confusion)),
+        "miou": finite(iou.nanmean()),
         "iou": dict(zip(data.info.classes, map(finite, iou))),
         "pixel_accuracy": finite(100 * (confusion.trace() / pixels)),
         "ece": finite(expected_calibration_error(histogram)),
@@ -201,20 +196,14 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
     return results
 
 
-def write_samples(network: nn.Module, data: Data, crop: int, device: torch.device,
-                  path: Path) -> None:
-    """A picture: image | label | prediction. The network is left in eval mode."""
-    write_sample_grid(network.eval(), ("image", "label", "prediction"), data, crop, device, path)
-
-
 @torch.inference_mode()
-def write_sample_grid(predict: Predict, captions: Sequence[str], data: Data, crop: int,
-                      device: torch.device, path: Path, count: int = 6) -> None:
+def write_samples(predict: Predict, data: Data, crop: int, device: torch.device, path: Path,
+                  captions: Sequence[str] = ("image", "label", "prediction")) -> None:
     """Image | label | each label map of `predict`, image [1, 3, H, W] -> logits [n, C, H, W]."""
     if rank() != 0:
         return
     rows = []
-    for item in EvaluationSet(data.val[:count], data.root, data.info.num_classes):
+    for item in EvaluationSet(data.val[:6], data.root, data.info.num_classes):
         image = normalize(item["image"][None].to(device))
         probabilities = class_probabilities(predict, image, data.info.evaluation, crop)
         maps = probabilities.argmax(dim=1).byte().cpu().numpy()
@@ -442,7 +431,6 @@ def main() -> None:
                         metavar="NAME=VALUE", help="options to change in the checkpoint's config")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument("--figure", type=Path, help="draw reliability and confusion as a PNG file")
-    parser.add_argument("--volumes", type=Path, help="score the .npz volumes of this folder")
     parser.add_argument("--released-empty", action="store_true",
                         help="volumes: an empty mask scores 0, HD95 50, ASD 10, not nothing")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -463,23 +451,19 @@ def main() -> None:
     if isinstance(info, medical.VolumeInfo):
         require(not args.mode and not args.figure and args.threshold is None,
                 "--mode, --threshold and --figure are for images, not for volumes")
-        if args.volumes:
-            files, results["split"] = medical.volumes_in(args.volumes), str(args.volumes)
-        else:
-            options = data_options(config, medical.VolumeOptions)
-            require(args.split != "unlabeled" or info.embedded,
-                    f"{info.name} has no unlabeled volumes with labels")
-            data = medical.load_volumes(dataclasses.replace(options, lists=None))
-            warn_of_other_lists(config, data.digest)
-            files = getattr(data, args.split)
+        options = data_options(config, medical.VolumeOptions)
+        require(args.split != "unlabeled" or info.embedded,
+                f"{info.name} has no unlabeled volumes with labels")
+        data = medical.load_volumes(dataclasses.replace(options, lists=None))
+        warn_of_other_lists(config, data.digest)
+        files = getattr(data, args.split)
         require(bool(files), f"{info.name} has no {args.split} list")
         results["released_empty"] = args.released_empty
         results |= medical.evaluate_volumes(network, files, info, config["crop"], device,
                                             args.released_empty)
         text = medical.report(results)
     else:
-        require(not args.volumes and not args.released_empty,
-                "--volumes and --released-empty are for volumes, not for images")
+        require(not args.released_empty, "--released-empty is for volumes, not for images")
         data = load_data(dataclasses.replace(data_options(config), lists=None))
         warn_of_other_lists(config, data.digest)
         results["threshold"] = args.threshold

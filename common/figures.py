@@ -71,7 +71,7 @@ def save_indexed_png(label, palette: Palette, path: str | Path) -> None:
 
 
 def sample_grid(rows: Sequence[tuple], classes: Sequence[str], palette: Palette, path: str | Path,
-                captions: Sequence[str] = ("image", "label", "prediction")) -> None:
+                captions: Sequence[str]) -> None:
     """A PNG with a row (image [3, H, W], label map, ...) per sample and a legend of their classes.
 
     `captions` heads the columns; ValueError if a row has more or fewer pictures. A map that is

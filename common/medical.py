@@ -158,13 +158,6 @@ def turn(array: np.ndarray, affine: np.ndarray, back: bool = False) -> np.ndarra
     return orientations.apply_orientation(array, orientations.ornt_transform(*ways))
 
 
-def volumes_in(folder: Path) -> list[VolumeFile]:
-    """All .npz files of a folder, each a patient of its own."""
-    files = [VolumeFile(path.stem, path.stem, path) for path in sorted(folder.glob("[!.]*.npz"))]
-    require(bool(files), f"no .npz volume in {folder}")
-    return files
-
-
 def read_list(path: Path, root: Path) -> list[VolumeFile]:
     known = ", ".join(sorted(file.name for file in path.parent.glob("*.txt")))
     require(path.is_file(), f"no list {path}; there are {known or 'none: see common.prepare'}")
@@ -270,14 +263,12 @@ def slice_geometry(image: np.ndarray, label: np.ndarray | None, rng: np.random.G
     return move(image, Image.Resampling.BILINEAR, 0), moved, valid
 
 
+@dataclass
 class SliceSet(Dataset):
-    """Weak views of `streams`, the (image, label)s of labeled and of unlabeled slices.
+    """Weak views. A key is (stream, slice, position in the run), see `TrainingBatches`."""
 
-    A key is (stream, slice, position in the run), as TrainingBatches yields them.
-    """
-
-    def __init__(self, streams: list[list[tuple]], seed: int):
-        self.streams, self.seed = streams, seed
+    streams: list[list[tuple]]  # the (image, label)s of labeled and of unlabeled slices
+    seed: int
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[int, tuple]:
         stream, index, position = key
@@ -329,16 +320,12 @@ def distances(points: np.ndarray, mask: np.ndarray, spacing: Spacing) -> np.ndar
     below = np.minimum.accumulate(np.where(mask, rows, np.inf)[:, ::-1], axis=1)[:, ::-1]
     squared = (spacing[1] * np.minimum(rows - above, below - rows)) ** 2  # [Z, H, W]
     to_slices = (spacing[0] * (slices[:, None] - slices)) ** 2  # [Z, Z]
-    squared = np.stack([(squared + added[:, None, None]).min(axis=0) for added in to_slices])
-    z, y, x = points.nonzero()
-    nearest, last = squared[z, y, x], mask.shape[2] - 1
-    for offset in range(1, last + 1):
-        added = (spacing[2] * offset) ** 2
-        if added >= nearest.max():  # nothing at this offset can be nearer
-            break
-        left, right = np.maximum(x - offset, 0), np.minimum(x + offset, last)
-        nearest = np.minimum(nearest, added + np.minimum(squared[z, y, left], squared[z, y, right]))
-    return np.sqrt(nearest)
+    columns, nearest = np.arange(mask.shape[2]), []
+    for shown, added in zip(points, to_slices):
+        plane, (y, x) = (squared + added[:, None, None]).min(axis=0), shown.nonzero()
+        across = (spacing[2] * (x[:, None] - columns)) ** 2  # [points of the slice, W]
+        nearest.append((plane[y] + across).min(axis=1))
+    return np.sqrt(np.concatenate(nearest))
 
 
 def surface_distances(prediction: np.ndarray, label: np.ndarray,

@@ -608,7 +608,7 @@ class Log:
         return step % self.every == 0 or step == self.total
 
     def step(self, step: int, scalars: dict[str, Tensor]) -> dict[str, float] | None:
-        """Note 0-d tensors; every `every` steps their means over steps and ranks.
+        """Note 0-d tensors; every `every` steps their means over steps and ranks, nan left out.
 
         Raises UserError for a loss that is not finite.
         """
@@ -618,16 +618,19 @@ class Log:
             return None
         names = list(dict.fromkeys(name for row in self.pending for name in row))
         hole = scalars["loss"].new_full((), math.nan, dtype=torch.float32)  # not every step has all
-        rows = [torch.stack([row.get(name, hole).to(hole) for name in names])
-                for row in self.pending]
+        table = torch.stack([torch.stack([row.get(name, hole).to(hole) for name in names])
+                             for row in self.pending])
         holes = torch.tensor([[name not in row for name in names] for row in self.pending])
         self.pending = []
-        table = all_reduce_sum(torch.stack(rows)).cpu() / world_size()
+        known = ~table.isnan()
+        sums, counts = all_reduce_sum(torch.stack([table.where(known, 0), known])).cpu()
         losses = [column for column, name in enumerate(names) if name.startswith("loss")]
-        require(bool((table.isfinite() | holes)[:, losses].all()),
+        finite = sums.isfinite() & (counts == world_size()) | holes
+        require(bool(finite[:, losses].all()),
                 f"the loss is not finite at iteration {step}: go on from the last checkpoint with "
                 f"a lower --lr, or with --no-amp")
-        return {name: round(value, 6) for name, value in zip(names, table.nanmean(dim=0).tolist())}
+        means = sums.sum(dim=0) / counts.sum(dim=0)
+        return {name: round(value, 6) for name, value in zip(names, means.tolist())}
 
     def write(self, step: int, line: dict) -> None:
         """A line of metrics.jsonl with the speed since the last evaluation; some are shown."""

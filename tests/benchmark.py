@@ -62,7 +62,7 @@ from common import medical
 from common.augment import IGNORE, Photometry, normalize, strong_augment, to_float
 from common.data import (DATASETS, Data, EvaluationSet, Sample, TrainingSet, load_data,
                          training_loader)
-from common.evaluate import confusion_matrix, data_options, evaluate, load_predictor, mean_iou
+from common.evaluate import confusion_matrix, data_options, evaluate, iou_per_class, load_predictor
 from common.models import DeepLabV3Plus, resize
 from common.runtime import (bf16_is_fast, init_distributed, parse, read_checkpoint, require,
                             run_main, say)
@@ -309,15 +309,17 @@ def strategies(sizes) -> None:
     say(f"  operations of V1, two traversals to one: {operations[1] / operations[0]:.3f}")
 
 
+def sixty_batches(data: Data, config: dict):
+    """Of 8 + 8 weak crops."""
+    return training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"), num_workers=0)
+
+
 def harm(sizes) -> None:
     """A step takes 8 + 8 images; the means are over 60 such batches at the same weights."""
-    if not sizes.checkpoint:
-        return say("  needs --checkpoint")
     model, config, _ = load_predictor(sizes.checkpoint, "cpu")
     model.train()
     data, gradients, pairs = load_data(data_options(config)), pos_meo.Gradients(model, 2), []
-    for batch in training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"),
-                                 num_workers=0):
+    for batch in sixty_batches(data, config):
         views = pos_meo.make_views(batch, config["crop"], data.info.photometry)
         losses = pos_meo.unimatch_v1_losses(model, views, config["threshold"], config["ohem"])
         gradients.flat.zero_()
@@ -336,13 +338,10 @@ def harm(sizes) -> None:
 
 @torch.inference_mode()
 def alignment(sizes) -> None:
-    """Of 60 batches of 8 + 8 weak crops. The gap: half the sum of |share - true share|."""
-    if not sizes.checkpoint:
-        return say("  needs --checkpoint")
+    """The gap: half the sum of |share - true share|."""
     model, config, info = load_predictor(sizes.checkpoint, "cpu")
     data, both = load_data(data_options(config)), {"labeled": [], "unlabeled": []}
-    for batch in training_loader(data, config["crop"], 8, 1000, 0, 60, torch.device("cpu"),
-                                 num_workers=0):
+    for batch in sixty_batches(data, config):
         for name, label in (("labeled", batch["label"]), ("unlabeled", batch["truth"])):
             both[name].append((model(normalize(batch[name])).softmax(dim=1), label.long()))
     both = {name: tuple(map(torch.cat, zip(*parts))) for name, parts in both.items()}
@@ -442,8 +441,6 @@ def sampling(sizes) -> None:
 
 @torch.inference_mode()
 def feedback(sizes) -> None:
-    if not sizes.checkpoint:
-        return say("  needs --checkpoint")
     device = init_distributed()[2]
     sampler, config, info = load_predictor(sizes.checkpoint, device)
     model, data, seed = sampler.model, load_data(data_options(config)), config["noise_seed"]
@@ -470,7 +467,7 @@ def feedback(sizes) -> None:
             logits = model(denoise=(z, y_t, torch.full((1,), t, device=device)))
             prediction = resize(logits, label.shape[1:]).argmax(dim=1).cpu()
             row += confusion_matrix(prediction, label, info.num_classes)
-    scores = [f"{name} {100 * mean_iou(counts):.1f}" for name, counts in zip(
+    scores = [f"{name} {100 * iou_per_class(counts).nanmean():.1f}" for name, counts in zip(
         ("zeros at t = 1", "noise at t = 1", "true mask at t = 0.1", "wrong one"), confusion)]
     say(f"  one pass: {', '.join(scores)}")
 
@@ -488,8 +485,6 @@ class Latent(torch.nn.Module):
 
 @torch.no_grad()
 def latent(sizes) -> None:
-    if not sizes.checkpoint:
-        return say("  needs --checkpoint")
     device, state = init_distributed()[2], read_checkpoint(Path(sizes.checkpoint))
     config = diffrect.Config(**{**state["config"], "lists": None})
     data, size = medical.load_volumes(config), config.batch_size
@@ -583,6 +578,8 @@ SUBJECTS = {function.__name__: function for function in (
     loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, latent,
     kmeans, rectification, evaluation, distances)}
 
+OF_A_CHECKPOINT = ("harm", "alignment", "feedback", "latent")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -600,7 +597,10 @@ def main() -> None:
         say(f"\n{name}")
         defaults = {**SIZES, **(OTHER_SIZES.get(name, {}) if names else SMALL)}
         sizes = argparse.Namespace(**{**defaults, **vars(given), "options": options})
-        in_own_process(SUBJECTS[name], sizes)
+        if name in OF_A_CHECKPOINT and not sizes.checkpoint:
+            say("  needs --checkpoint")
+        else:
+            in_own_process(SUBJECTS[name], sizes)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 from common import runtime
+from common.data import load_data
+from common.evaluate import data_options, evaluate, load_predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("--batch-size 2 --crop 32 --iterations 4 --eval-every 4 --save-every 2 --log-every 1 "
@@ -91,6 +93,18 @@ def stop_at(step: int, folder: Path, program, *arguments) -> None:
     assert status == 128 + signal.SIGTERM and state(folder)["iteration"] == step
 
 
+def in_processes(function, arguments: list[tuple], timeout: float = 100) -> None:
+    """Call it in a forked process for each of these arguments; all of them end well."""
+    fork = multiprocessing.get_context("fork")  # spawning would import torch again
+    processes = [fork.Process(target=function, args=given) for given in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
 def on_ranks(work, folder: Path, ranks: int = 2, timeout: float = 100) -> list:
     """What `work(rank)` returns in each of the forked processes of one gloo group."""
     with socket.socket() as free:
@@ -104,14 +118,7 @@ def on_ranks(work, folder: Path, ranks: int = 2, timeout: float = 100) -> list:
         assert runtime.init_distributed("cpu") == (rank, ranks, torch.device("cpu"))
         torch.save(work(rank), folder / f"rank_{rank}.pt")
 
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=enter, args=(rank,)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=timeout)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * ranks
+    in_processes(enter, [(rank,) for rank in range(ranks)], timeout)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(ranks)]
 
 
@@ -134,8 +141,8 @@ def recorded(monkeypatch, where, name: str) -> list[tuple]:
     return calls
 
 
-def state(folder: Path) -> dict:
-    return torch.load(folder / "latest.pt", weights_only=True)
+def state(folder: Path, name: str = "latest.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)
 
 
 def ranks_draw_apart(folder: Path) -> bool:
@@ -192,9 +199,19 @@ def are_hard(logits: torch.Tensor, label: torch.Tensor, threshold: float) -> tor
 
 def assert_same_run(folder: Path, other: Path) -> None:
     """What two runs leave is equal bit for bit, but for their options and speed."""
-    assert_identical(*({**state(of), "config": None} for of in (folder, other)))
+    for name in ("latest.pt", "best.pt"):
+        assert_identical(*({**state(of, name), "config": None} for of in (folder, other)))
     assert log_of(folder) == log_of(other)
     assert (folder / "results.json").read_text() == (other / "results.json").read_text()
+
+
+def assert_scored_as_in_training(folder: Path) -> None:
+    """What its checkpoint gives back predicts what the training's last evaluation noted."""
+    network, config, _ = load_predictor(folder / "latest.pt", "cpu")
+    data = load_data(data_options(config))
+    again = evaluate(network, data, "val", config["crop"], torch.device("cpu"), num_workers=0)
+    last = runtime.read_json(folder / "results.json")["last"]
+    assert again["confusion"] == last["confusion"] and last["images"] == len(data.val) > 0
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, rel: float = 1e-5) -> None:

@@ -743,19 +743,23 @@ def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_
 
 def test_only_the_trainers_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
     """PyTorch ends workers by SIGTERM: one that ignored it would hang the program."""
-    known = multiprocessing.active_children()
-    batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
-    next(batches)
-    (worker,) = [child for child in multiprocessing.active_children() if child not in known]
+    def start() -> tuple:
+        known = multiprocessing.active_children()
+        batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
+        next(batches)
+        (worker,) = [child for child in multiprocessing.active_children() if child not in known]
+        return batches, worker
+
+    batches, worker = start()
     assert os.getpgid(worker.pid) != os.getpgrp()  # Ctrl-C is for the trainer alone
-    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # a scheduler's
+    subprocess.run(["sh", "-c", f"kill {worker.pid}"], check=True)  # a scheduler's
     assert len(list(batches)) == 49
-    batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
-    next(batches)
-    (worker,) = [child for child in multiprocessing.active_children() if child not in known]
+    batches, worker = start()
     worker.terminate()
-    worker.join(4)
-    assert not worker.is_alive()
+    worker.join(30)
+    has_ended = not worker.is_alive()
+    worker.kill()  # pytest would wait for it
+    assert has_ended
 
 
 def test_default_number_of_workers(monkeypatch):
@@ -766,7 +770,7 @@ def test_default_number_of_workers(monkeypatch):
 
     assert (workers(16, 1, "cuda"), workers(16, 4, "cuda"), workers(64, 1, "cuda")) == (8, 4, 8)
     assert (workers(16, 1, "cpu"), workers(2, 1, "cpu"), workers(2, 4, "cpu")) == (2, 1, 0)
-    assert make_loader([], CPU, None).num_workers == 0 and make_loader([], CPU, 1).num_workers == 1
+    assert make_loader([], CPU, None).num_workers == 0
 
 
 # ---------------------------------------------------------------- a look at a data set

@@ -1,19 +1,15 @@
 """daw.py against sums over fine grids, a search over all steps, and plain loops; its runs."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from programs import (QUICK, are_hard, assert_identical, assert_near, lines_of, on_ranks, pasted,
-                      recorded, seeded, state, sum_of_losses)
+from programs import (QUICK, are_hard, assert_identical, assert_near, assert_scored_as_in_training,
+                      lines_of, on_ranks, pasted, recorded, seeded, state, sum_of_losses)
 from torch import nn
 
 import daw
 from common import runtime
 from common.augment import IGNORE, Photometry, normalize
-from common.data import load_data
-from common.evaluate import evaluate, load_predictor
 
 
 # ---------------------------------------------------------------- Eq. 3-11: the threshold, E1, E2
@@ -278,14 +274,10 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path):
     one = state(tmp_path / "one")  # min(1 - 1 / 1, 0.5) of the old average: nothing is left of it
     assert_identical(one["ema"], one["model"])
     train(shapes, tmp_path, "--ema-decay", "0.5")
-    predict, config, _ = load_predictor(tmp_path / "latest.pt", "cpu")
-    saved = state(tmp_path)
-    assert not torch.equal(predict.classifier.weight, saved["model"]["classifier.weight"])
+    saved, name = state(tmp_path), "classifier.weight"
+    assert not torch.equal(saved["ema"][name], saved["model"][name])
     assert saved["optimizer"]["param_groups"][1]["lr"] == 0  # where its schedule ends
-    data = load_data(runtime.parse(daw.Config, argv=["--data-root", str(shapes)]))
-    again = evaluate(predict, data, "val", config["crop"], torch.device("cpu"), 0)
-    last = json.loads((tmp_path / "results.json").read_text())["last"]
-    assert again["confusion"] == last["confusion"] and last["images"] == 4
+    assert_scored_as_in_training(tmp_path)
 
 
 @pytest.mark.parametrize("options", [

@@ -1,7 +1,6 @@
 """diffmatch.py against other ways to the same numbers: moments of what is drawn, loops over steps
 and over points, Algorithm 1 in float64; and what its runs leave behind."""
 
-import json
 import math
 import sys
 
@@ -18,7 +17,7 @@ import diffmatch
 from common import augment, evaluate
 from common.augment import IGNORE, Photometry, normalize
 from common.models import hard_pixel_loss, resize
-from common.runtime import UserError
+from common.runtime import UserError, read_json
 
 TWO = ("strong_1", "strong_2")
 
@@ -412,13 +411,13 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     widths = [Image.open(whole / f"{name}.png").width - 8 for name in ("samples", "trajectory")]
     assert widths[0] / 3 == widths[1] / 5  # columns: image, label, predictions
 
-    found = [json.loads((whole / "results.json").read_text())["last"]["ece"]]
+    found = [read_json(whole / "results.json")["last"]["ece"]]
     changes = "steps=3", "steps=1", "noise_seed=1", "feedback=nothing", "feedback=softmax"
     for change in changes:  # the first one is none
         command = f"evaluate --checkpoint {whole}/best.pt --set {change} --num-workers 0 --output"
         monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "results.json")])
         evaluate.main()
-        found.append(json.loads((tmp_path / "results.json").read_text())["ece"])
+        found.append(read_json(tmp_path / "results.json")["ece"])
     assert found[1] == pytest.approx(found[0], abs=1e-6) and len(set(found[1:])) == 5
 
 

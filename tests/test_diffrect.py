@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 import diffrect
-from common import medical, runtime
+from common import medical
 from common.evaluate import load_predictor
-from common.runtime import parse
+from common.runtime import parse, read_json
 from programs import (assert_identical, assert_same_run, error_of, lines_of, on_ranks,
-                      ranks_draw_apart, recorded, seeded, state)
+                      ranks_draw_apart, recorded, run_as_program, seeded, state, stop_at)
 
 IGNORE = 255
 INFO = dataclasses.replace(medical.DATASETS["acdc"], adjust=(0.6, 1.4), blur=(0.3, 1.0))
@@ -468,7 +468,7 @@ def test_a_run_leaves_its_folder(trained):
     assert {path.name for path in trained.iterdir()} == {
         ".lock", "config.json", "metrics.jsonl", "results.json", "latest.pt", "best.pt",
         "samples.png"}
-    results = json.loads((trained / "results.json").read_text())
+    results = read_json(trained / "results.json")
     assert results["method"] == "diffrect" and results["last"]["iteration"] == 5
     assert results["last"]["volumes"] == 2 and set(results["test"]["scores"]) == {"p7"}
     assert columns_of(trained / "samples.png") == 4
@@ -493,38 +493,18 @@ def test_each_line_of_the_log_adds_up(trained):
 def test_the_checkpoint_is_scored_as_in_training(trained, hearts):
     cpu = torch.device("cpu")
     files = medical.load_volumes(medical.VolumeOptions("acdc", str(hearts), "2")).val
-    results = json.loads((trained / "results.json").read_text())
+    results = read_json(trained / "results.json")
     for name, noted in (("latest.pt", results["last"]), ("best.pt", results["best"])):
         network, config, info = load_predictor(trained / name, cpu)
         scores = medical.evaluate_volumes(network, files, info, config["crop"], cpu)
         assert {name: noted[name] for name in scores} == json.loads(json.dumps(scores))
 
 
-def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
-    config = {"iterations": 200, "log_every": 2, "eval_every": 100, "tensorboard": False}
-    checkpoint = runtime.Checkpoint(tmp_path, "diffrect", config, {})
-    log = runtime.Log(checkpoint, 0, 1, metric="dice")
-    log.steps = 50  # for the speed
-    for step in range(2, 102, 2):  # noise of 60 % until 60
-        if step == 82:  # a restart forgets nothing
-            log = runtime.Log(checkpoint, 80, 1, metric="dice")
-            log.steps = 50
-        loss = 0.1 * (1 + 0.6 * (-1) ** (step // 2)) if step <= 60 else 0.6
-        log.write(step, {"loss": 9.0, "loss_sup": loss})
-    shown = capsys.readouterr().out.splitlines()
-    warned = ["LOSS ON LABELS 0.60, WAS 0.0" in line for line in shown]
-    assert len(shown) == 10 and warned == [step > 60 for step in range(10, 110, 10)]
-
-
-def test_an_interrupted_run_ends_with_identical_bits(trained, hearts, tmp_path, monkeypatch):
-    command = configured(*LONGER, "--data-root", hearts, "--output", tmp_path)
-    step = diffrect.Log.step
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(diffrect.Log, "step", lambda self, number, terms: step(self, number, terms)
-                      if number < 4 else 1 / 0)
-        diffrect.train(command)
-    assert state(tmp_path)["iteration"] == 3
-    diffrect.train(command)
+def test_a_stopped_program_ends_with_identical_bits(trained, hearts, tmp_path, monkeypatch, capfd):
+    command = (*LONGER, "--data-root", hearts, "--output", tmp_path)
+    program = functools.partial(run_as_program, "diffrect.py", monkeypatch, capfd, *command)
+    stop_at(4, tmp_path, program)
+    assert program()[0] == 0
     assert_same_run(tmp_path, trained)
 
 
@@ -666,5 +646,5 @@ def test_two_ranks_train(hearts, tmp_path):
     saved = state(tmp_path)
     assert saved["iteration"] == 3 and ranks_draw_apart(tmp_path)
     assert all(math.isfinite(line["loss"]) for line in lines_of(tmp_path))
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = read_json(tmp_path / "results.json")
     assert results["last"]["volumes"] == 2 and (tmp_path / "samples.png").exists()

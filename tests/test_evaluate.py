@@ -60,7 +60,7 @@ def test_confusion_and_iou_equal_counting():
     expected, iou = iou_by_counting(pairs, 6), ev.iou_per_class(confusion).tolist()
     assert expected[4] == 0 and expected[5] is None and math.isnan(iou[5])
     assert iou[:5] == pytest.approx(expected[:5], rel=1e-12)
-    assert ev.mean_iou(confusion) == pytest.approx(sum(expected[:5]) / 5, rel=1e-12)
+    assert ev.iou_per_class(confusion).nanmean() == pytest.approx(sum(expected[:5]) / 5, rel=1e-12)
 
 
 def test_head_and_tail():
@@ -253,9 +253,9 @@ def test_pictures_of_samples(data, network, tmp_path):
         third = (torch.arange(5) == 3).float()[None, :, None, None]
         return torch.cat([logits, third.expand_as(logits)])
 
-    ev.write_samples(network, data, 16, CPU, tmp_path / "samples.png")
+    ev.write_samples(network.eval(), data, 16, CPU, tmp_path / "samples.png")
     captions = ("image", "label", "prediction", "")
-    ev.write_sample_grid(predict, captions, data, 16, CPU, tmp_path / "more.png")
+    ev.write_samples(predict, data, 16, CPU, tmp_path / "more.png", captions)
     three, four = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("samples", "more"))
     width = three.shape[1] - 8  # columns have margins of 8 pixels
     assert four.shape[1] == 4 * width // 3 + 8
@@ -375,26 +375,25 @@ def test_command_for_volumes(command, monkeypatch, tmp_path):
         def forward(self, x):
             return torch.cat([0.5 - x, 0 * x - 9, x - 0.5, 0 * x - 9], dim=1)
 
-    folder, output, rng = tmp_path / "volumes", tmp_path / "r.json", np.random.default_rng(0)
-    for name in "ab":
+    output, rng = tmp_path / "r.json", np.random.default_rng(0)
+    (tmp_path / "lists").mkdir()
+    for name, split in (("a", "train"), ("b", "val")):
         label = rng.integers(0, 4, (2, 8, 8), dtype=np.uint8)
         volume = medical.Volume(rng.random((2, 8, 8), np.float32), label, (2.0, 1.0, 1.0))
-        medical.write_volume(folder / f"{name}.npz", volume)
-    info, files = medical.DATASETS["acdc"], medical.volumes_in(folder)
+        medical.write_volume(tmp_path / "volumes" / f"{name}.npz", volume)
+        (tmp_path / "lists" / f"{split}.txt").write_text(f"patient_{name} {name}")
+    info = medical.DATASETS["acdc"]
+    files = [medical.VolumeFile("patient_b", "b", tmp_path / "volumes" / "b.npz")]
     config = {"dataset": "acdc", "crop": 8, "data_root": str(tmp_path), "labeled": "1"}
     monkeypatch.setattr(ev, "load_predictor", lambda *arguments: (Predict(), config, info))
     for flags in ([], ["--released-empty"]):
-        out, _ = command("--checkpoint", "c.pt", "--volumes", folder, "--output", output, *flags)
+        out, _ = command("--checkpoint", "c.pt", "--output", output, *flags)
         results = read_json(output)
         expected = medical.evaluate_volumes(Predict(), files, info, 8, CPU, bool(flags))
         assert {name: results[name] for name in expected} == expected
-        assert results["empty_masks"] == 4 and f"{results['dice']:.2f}" in out
+        assert results["empty_masks"] == 2 and f"{results['dice']:.2f}" in out
 
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists" / "train.txt").write_text("patient0 a")
-    (tmp_path / "lists" / "val.txt").write_text("patient1 b")
-    command("--checkpoint", "c.pt", "--output", output)
-    assert list(read_json(output)["scores"]) == ["b"]
+    assert list(results["scores"]) == ["b"]
     assert "no test list" in command("--checkpoint", "c.pt", "--split", "test")[1]
     assert "no unlabeled" in command("--checkpoint", "c.pt", "--split", "unlabeled")[1]
     monkeypatch.setitem(sys.modules, "matplotlib", ev)  # as if it were installed

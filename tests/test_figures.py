@@ -87,7 +87,7 @@ def test_grid_of_small_large_and_coloured_pictures(tmp_path):
     colours = np.full((700, 30, 3), (12, 34, 56), np.uint8)
     rows = [(torch.zeros(3, 40, 64).byte(), label_map(), label_map() % 8),
             (np.zeros((3, 700, 30), np.uint8), np.full((700, 30), 5, np.uint8), colours)]
-    figures.sample_grid(rows, CLASSES, PALETTE, tmp_path / "grid.png")
+    figures.sample_grid(rows, CLASSES, PALETTE, tmp_path / "grid.png", "abc")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape[1] == 3 * (3 * 64 + 8) + 8 and 29 + 120 + 512 + 24 < grid.shape[0] < 750
     enlarged = figures.colorize(label_map(), PALETTE).repeat(3, axis=0).repeat(3, axis=1)

@@ -493,14 +493,9 @@ def test_ranks_share_the_volumes(scored, tmp_path):
     assert on_ranks(results, tmp_path, ranks=4) == 4 * [results(0)]
 
 
-def test_volumes_of_a_folder(scored, tmp_path):
-    files, _ = scored
-    found = medical.volumes_in(files[0].path.parent)
-    assert sorted(file.path for file in found) == sorted(file.path for file in files)
-    assert str(tmp_path) in error_of(medical.volumes_in, tmp_path)
+def test_a_volume_without_label_has_no_score(tmp_path):
     write_volume(tmp_path / "bare.npz", replace(random_volume(), label=None))
-    (tmp_path / "._bare.npz").write_bytes(b"macOS's double")
-    bare = (Decode(), medical.volumes_in(tmp_path), INFO, 16, CPU)
+    bare = (Decode(), [VolumeFile("a", "bare", tmp_path / "bare.npz")], INFO, 16, CPU)
     assert "bare.npz has no label" in error_of(medical.evaluate_volumes, *bare)
 
 

@@ -3,7 +3,6 @@
 import ast
 import copy
 import inspect
-import json
 from contextlib import nullcontext
 
 import pytest
@@ -435,9 +434,9 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
     monkeypatch.setattr(pos_meo, "DIRECTIONS", 2)
     path = str(whole / "latest.pt")
     pos_meo.landscape(configured("--landscape", f"{path},{path}", "--output", tmp_path))
-    rows = json.loads((tmp_path / "landscape.json").read_text())[path]
+    rows = runtime.read_json(tmp_path / "landscape.json")[path]
     assert [row["distance"] for row in rows] == 2 * [-0.5, 0, 0.5]
-    miou = json.loads((whole / "results.json").read_text())["last"]["miou"]
+    miou = runtime.read_json(whole / "results.json")["last"]["miou"]
     assert rows[1]["miou"] == rows[4]["miou"] == miou
     assert rows[1]["loss"] == rows[4]["loss"] and len({row["loss"] for row in rows}) == 5
 

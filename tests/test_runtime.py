@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import math
-import multiprocessing
 import os
 import resource
 import signal
@@ -21,7 +20,7 @@ import daw
 from common import runtime
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, StopSignal, UserError, option,
                             parse, read_checkpoint, write_atomically)
-from programs import assert_identical, error_of, log_of, on_ranks
+from programs import assert_same_run, error_of, in_processes, log_of, on_ranks, state
 
 
 def status_of(function, *arguments) -> int | None:
@@ -200,14 +199,17 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
         run = Run(tmp_path / "run", log_every=2)
         torch.manual_seed(rank)
         for step in (1, 2):
-            means = run.log.step(step, {"loss": torch.tensor(4.0 * rank + step)})
+            loss = torch.tensor(4.0 * rank + step)
+            of_one = torch.tensor(math.nan if rank else step)  # the other has nothing to count
+            means = run.log.step(step, {"loss": loss, "of_one": of_one})
         run.log.write(2, means)
         run.checkpoint.save(2, run.log.pending)
         expected = torch.rand(4)
         return means, Run(tmp_path / "run").first, torch.equal(torch.rand(4), expected)
 
-    assert on_ranks(work, tmp_path) == [({"loss": 3.5}, 2, True)] * 2  # mean of 1, 2, 5, 6
-    assert log_of(tmp_path / "run") == [{"iteration": 2, "loss": 3.5}]  # by the first rank
+    means = {"loss": 3.5, "of_one": 1.5}  # of 1, 2, 5, 6; of 1, 2
+    assert on_ranks(work, tmp_path) == [(means, 2, True)] * 2
+    assert log_of(tmp_path / "run") == [{"iteration": 2, **means}]  # by the first rank
 
 
 def test_a_signal_in_one_process(capsys, monkeypatch):
@@ -368,14 +370,11 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
     resumed = Run(tmp_path / "run", num_workers=3, eval_every=10).train()
     assert resumed.first == until // 5 * 5
     assert len(os.listdir(resumed.folder)) == 6
-    for name in ("latest.pt", "best.pt"):
-        ours, theirs = [read_checkpoint(run.folder / name) for run in (resumed, whole)]
-        assert_identical({**ours, "config": whole.checkpoint.config}, theirs)
-    ours, theirs = [(run.folder / "results.json").read_text() for run in (resumed, whole)]
-    assert ours == theirs and log_of(resumed.folder) == log_of(whole.folder)
+    assert_same_run(resumed.folder, whole.folder)
     assert [line["iteration"] for line in log_of(whole.folder)] == [10, 10, 20, 20]
     config = runtime.read_json(whole.folder / "config.json")
     assert config == {"method": "daw", **whole.checkpoint.config}
+    assert state(whole.folder)["config"] == whole.checkpoint.config
     assert len(os.listdir(whole.folder)) == 6 and ".lock" in os.listdir(whole.folder)
 
 
@@ -436,10 +435,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
         line = error_of(Run, first.folder)
         assert f"in use by process {os.getppid()} on {socket.gethostname()}" in line
 
-    process = multiprocessing.get_context("fork").Process(target=second)
-    process.start()
-    process.join(30)
-    assert process.exitcode == 0
+    in_processes(second, [()])
 
     def unsupported(file, flags):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -488,6 +484,20 @@ def test_the_log_has_means(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError) as caught:
         log_in(tmp_path, tensorboard=True)
     assert "pip install tensorboard" in runtime.explain(caught.value)
+
+
+def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):
+    log = log_in(tmp_path)
+    for step in range(2, 102, 2):  # noise of 60 % until 60
+        if step == 82:  # a restart forgets nothing
+            log = log_in(tmp_path, start=80)
+        log.steps = step  # for the speed
+        loss = 0.1 * (1 + 0.6 * (-1) ** (step // 2)) if step <= 60 else 0.6
+        log.write(step, {"loss": 9.0, "loss_sup": loss})
+    shown = capsys.readouterr().out.splitlines()
+    warned = ["LOSS ON LABELS" in line for line in shown]
+    assert warned == [step > 60 for step in range(10, 110, 10)]
+    assert shown[-1].endswith("LOSS ON LABELS 0.60, WAS 0.09")
 
 
 def test_results_hold_the_last_and_the_best(tmp_path, capsys):

@@ -3,7 +3,6 @@ Eq. 9 as printed, loops over pixels; and its three stages as programs."""
 
 import functools
 import itertools
-import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -12,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import (QUICK, are_hard, assert_identical, assert_near, assert_same_run, lines_of,
-                      on_ranks, picture, ranks_draw_apart, seeded, state, stop_at, sum_of_losses)
+from programs import (QUICK, are_hard, assert_identical, assert_near, assert_same_run,
+                      assert_scored_as_in_training, lines_of, on_ranks, picture, ranks_draw_apart,
+                      seeded, state, stop_at, sum_of_losses)
 from torch import nn
 
 import usrn
 from common import runtime
 from common.augment import IGNORE, Photometry, normalize
-from common.data import Data, Sample, dataset_info, load_data
-from common.evaluate import evaluate, load_predictor
+from common.data import Data, Sample, dataset_info
 from common.models import DeepLabV3Plus, PSPNet, resize
 
 PARENTS = torch.tensor([0, 0, 0, 1, 1, 2, 3])  # 7 subclasses of 4 classes
@@ -439,8 +438,6 @@ def test_the_released_network_and_its_evaluation():
     torch.manual_seed(0)
     plain = usrn.build_network({**config, "network": "plain"}, 3, "none").eval()
     model = usrn.build_predictor(config, 3, plain.state_dict())
-    rates = [block.conv2.dilation for block in model.encoder.layer4]
-    assert rates == [(2, 2), (4, 4), (8, 8)]
     assert [part.p for part in model.modules() if isinstance(part, nn.Dropout)] == [0.5, 0.5, 0.1]
     for block, rate in zip(plain.encoder.layer4, (2, 4, 8)):
         weight = block.conv2.weight
@@ -540,11 +537,11 @@ def changed(folder, before) -> set:
     return {name for name, when in times(folder).items() if when != before[name]}
 
 
-def test_three_stages_that_were_stopped_and_that_were_not(program, shapes, tmp_path, monkeypatch):
+def test_three_stages_that_were_stopped_and_that_were_not(program, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     status, out, _ = program("--output", whole)
     assert status == 0 and out.count("class balance rate") == 1
-    made = json.loads((whole / "subclasses" / "subclasses.json").read_text())
+    made = runtime.read_json(whole / "subclasses" / "subclasses.json")
     assert 8 < len(made["parent_of"]) <= 12  # embedded data: one a labeled image
     assert made["cbr_subclasses"] > made["cbr_classes"]
     lines = lines_of(whole)
@@ -560,13 +557,8 @@ def test_three_stages_that_were_stopped_and_that_were_not(program, shapes, tmp_p
     assert program("--output", parts)[0] == 0 and changed(parts, before) == {"latest.pt"}
     assert_same_run(parts, whole)
 
-    # F alone is what a checkpoint gives back.
-    predict, config, _ = load_predictor(whole / "latest.pt", "cpu")
-    data = load_data(runtime.parse(usrn.Config, argv=["--data-root", str(shapes)]))
-    again = evaluate(predict, data, "val", config["crop"], torch.device("cpu"), 0)
-    last = json.loads((whole / "results.json").read_text())["last"]
-    assert again["confusion"] == last["confusion"]
-    assert "subclass_model" not in torch.load(whole / "best.pt", weights_only=True)
+    assert_scored_as_in_training(whole)
+    assert "subclass_model" not in state(whole, "best.pt")  # F alone is what it gives back
 
 
 def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
@@ -584,6 +576,11 @@ def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
     (second / "latest.pt").unlink()
     _, _, error = program(*options, "--clustering", "plain")
     assert error.startswith(f"error: {second}/subclasses is of other --clustering")
+    shutil.rmtree(second / "subclasses")  # stage 1 is the same for all that comes later
+    before = (second / "supervised" / "latest.pt").stat().st_mtime_ns
+    status, out, _ = program(*options, "--clustering", "plain", "--gate", "released")
+    assert status == 0 and "class balance" in out
+    assert (second / "supervised" / "latest.pt").stat().st_mtime_ns == before
 
 
 def test_real_data_have_the_paper_s_number_of_subclasses(program, voc_root, tmp_path):
@@ -594,7 +591,7 @@ def test_real_data_have_the_paper_s_number_of_subclasses(program, voc_root, tmp_
     assert program("--dataset", "pascal", "--data-root", voc_root, "--unlabeled-list", full,
                    "--backbone", "tiny", "--model", "I", "--iterations", 1,
                    "--output", tmp_path / "run")[0] == 0
-    made = json.loads((tmp_path / "run" / "subclasses" / "subclasses.json").read_text())
+    made = runtime.read_json(tmp_path / "run" / "subclasses" / "subclasses.json")
     smallest = min(filter(None, made["cells"]))
     paper = [max(1, round(cells / smallest)) for cells in made["cells"]]
     assert torch.tensor(made["parent_of"]).bincount().tolist() == paper and sum(paper) > 21
@@ -610,7 +607,7 @@ def test_variants_train(options, program, tmp_path):
     assert len(lines) == 2 and all(0 < line["loss"] < 20 for line in lines)
     assert (tmp_path / "subclasses").exists() is ("baseline" not in options)
     if "baseline" not in options:
-        made = json.loads((tmp_path / "subclasses" / "subclasses.json").read_text())
+        made = runtime.read_json(tmp_path / "subclasses" / "subclasses.json")
         parent_of, sizes = (torch.tensor(made[name]) for name in ("parent_of", "sizes"))
         of_classes = [sizes[parent_of == parent] for parent in parent_of.unique()]
         uneven = max(clusters.max() - clusters.min() for clusters in of_classes) > 1
