@@ -200,7 +200,8 @@ def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], path: str |
         bars.bar(places + 0.27 * index, heights, 0.27, color=f"C{index}", label=kind)
         for axes, k in zip(curves, (0, -1)):
             axes.plot(column["iteration"], percent[k], color=f"C{index}")
-            axes.set(xlabel="iteration", title=names[k], ylim=(0, None))
+    for axes, k in zip(curves, (0, -1)):  # after all curves: a limit ends autoscaling
+        axes.set(xlabel="iteration", title=names[k], ylim=(0, None))
     bars.set_xticks(places + 0.27, names, rotation=60, ha="right")
     bars.set(yscale="log", ylabel="% of the pixels", title="last tenth of the training")
     bars.legend()

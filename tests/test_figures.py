@@ -139,6 +139,7 @@ def share_lines(*kinds: str) -> list[dict]:
 
 def test_class_shares(drawn, tmp_path):
     lines = share_lines("true", "pseudo", "used")
+    lines[1]["pseudo background"] = 0.9
     figures.plot_class_shares(lines, CLASSES, tmp_path / "shares.png")
     bars, most, fewest = drawn[0].axes
     order = [label.get_text() for label in bars.get_xticklabels()]
@@ -146,7 +147,8 @@ def test_class_shares(drawn, tmp_path):
     _, pseudo, _ = bars.containers
     assert pseudo[0].get_height() == pytest.approx(100 * (0.19 + 0.2) / 2)  # last 2 of 20 lines
     assert (most.get_title(), fewest.get_title()) == ("blocks", "background")
-    assert fewest.lines[1].get_ydata() == pytest.approx([1] * 20)
+    assert fewest.lines[1].get_ydata() == pytest.approx([90] + [1] * 19)
+    assert fewest.get_ylim()[1] > 90  # no curve leaves its panel
 
 
 def test_distributions(drawn, tmp_path):
