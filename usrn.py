@@ -486,7 +486,7 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
     record = folder / "subclasses.json"
     files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
     if not all(file.is_file() for file in (record, *files)):
-        options = {name: getattr(Config, name) for name in LATER}  # one stage 1 serves all
+        options = {name: getattr(Config, name) for name in LATER}  # not read by it: one serves all
         options |= {"iterations": steps, "eval_every": steps, "model": "baseline",
                     "save_every": config.save_every or config.eval_every,
                     "output": str(folder.with_name("supervised"))}
