@@ -558,15 +558,16 @@ def test_mistakes_in_ones_own_folder(folder):
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path, suffix):
-    values = np.linspace(0, 65535, 60).astype(np.uint16).reshape(6, 10)
-    picture(tmp_path / f"deep.{suffix}", values)
-    read = np.asarray(open_image(tmp_path / f"deep.{suffix}"))
-    assert read.shape == (6, 10, 3) and np.abs(read[..., 0] - values / 65535 * 255).max() < 1
+    for white in (65535, 16384):  # a darker picture may have 14 bits
+        values = np.linspace(0, white, 60).astype(np.uint16).reshape(6, 10)
+        picture(tmp_path / f"deep.{suffix}", values)
+        read = np.asarray(open_image(tmp_path / f"deep.{suffix}"))
+        assert read.shape == (6, 10, 3) and np.abs(read[..., 0] - values / 65535 * 255).max() < 1
 
 
 @pytest.mark.parametrize("pixels", [
     np.linspace(0, 1, 12, dtype=np.float32), np.arange(12, dtype=np.int32),
-    np.arange(0, 4096, 342, dtype=np.uint16)])
+    np.arange(0, 4096, 342, dtype=np.uint16), np.full(12, 16383, np.uint16)])
 def test_pictures_whose_range_nobody_knows(tmp_path, pixels):
     picture(tmp_path / "grey.tif", pixels.reshape(3, 4))
     message = error_of(open_image, tmp_path / "grey.tif")
@@ -574,11 +575,21 @@ def test_pictures_whose_range_nobody_knows(tmp_path, pixels):
 
 
 def test_stacks_are_no_pictures(tmp_path):
-    pages = [Image.new("L", (4, 3), number) for number in range(3)]
-    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
-    for read, *more in ((open_image,), (open_mask, 21)):
-        message = error_of(read, tmp_path / "stack.tif", *more)
-        assert "stack.tif" in message and "3 pictures" in message
+    first, *others = (Image.new("L", (4, 3), 90 * number) for number in range(3))
+    for name in ("stack.tif", "moving.gif"):
+        first.save(tmp_path / name, save_all=True, append_images=others)
+        for read, *more in ((open_image,), (open_mask, 21)):
+            message = error_of(read, tmp_path / name, *more)
+            assert name in message and "3 pictures" in message
+    first.save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=others)
+    assert Image.open(tmp_path / "camera.jpg").n_frames == 3
+    assert np.asarray(open_image(tmp_path / "camera.jpg")).max() == 0  # the first one
+    assert "PNG" in error_of(open_mask, tmp_path / "camera.jpg", 21)
+
+
+def test_large_pictures_are_no_bombs(tmp_path):
+    Image.new("1", (18000, 10000)).save(tmp_path / "large.png")  # Pillow refuses above 179 million
+    assert not module.is_turned(tmp_path / "large.png")
 
 
 def test_masks_of_every_kind_of_file(tmp_path):
@@ -602,9 +613,10 @@ def test_masks_that_cannot_be(tmp_path):
         picture(path, values)
         message = error_of(open_mask, path, 21)
         assert str(path) in message and str(label) in message and "21 classes" in message
-    Image.new("LA", (8, 6)).save(path)
-    message = error_of(open_mask, path, 21)
-    assert str(path) in message and "LA" in message
+    for mode in ("LA", "RGB"):
+        Image.new(mode, (8, 6)).save(path)
+        message = error_of(open_mask, path, 21)
+        assert str(path) in message and mode in message
     for value in (0.5, np.nan, -2.0, np.int32(-2), np.int32(-300)):
         picture(tmp_path / "mask.tif", np.full((4, 6), value, getattr(value, "dtype", np.float32)))
         assert "mask.tif" in error_of(open_mask, tmp_path / "mask.tif", 21)
