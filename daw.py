@@ -1,10 +1,10 @@
 """DAW: Exploring the Better Weighting Function for Semi-supervised Semantic Segmentation
 Sun et al., NeurIPS 2023.
 
-A pseudo label is trusted by a weight f(p) of its confidence p. E1 is the mean weight of wrong ones,
-E2 what right ones lack of weight 1, however common each kind is. Confidences of right and of wrong
-predictions on *labeled* pixels give the means and variances of two truncated Gaussians g+ and g-:
-of all steps f(p) = 1[p >= t], the one at t*, where g+ overtakes g-, minimises their E1 + E2.
+A pseudo label counts with a weight f(p) of its confidence p. E1 is the mean weight of wrong ones,
+E2 one minus that of right ones, however common each kind is. The confidences of both on *labeled*
+pixels give the means and variances of two truncated Gaussians, g+ (right) and g- (wrong): of all
+step functions f(p) = 1[p >= t], the one at t*, where g+ overtakes g-, has the smallest E1 + E2.
 
     Eq. 1, 2    supervised loss, weighted loss      supervised_loss, weighted_loss
     Eq. 3, 4    the two Gaussians                   gaussian_mass
@@ -38,8 +38,9 @@ from common.data import DataOptions, load_data, training_loader
 from common.evaluate import evaluate, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
-                            bf16_is_fast, init_distributed, make_ema, mean_over_ranks, neighbour,
-                            option, parse, require, run_main, update_ema, with_defaults)
+                            bf16_is_fast, cutmix_partner, init_distributed, make_ema,
+                            mean_over_ranks, option, parse, require, run_main, update_ema,
+                            with_defaults)
 
 WEIGHTINGS = ("none", "fixed", "power", "daw")
 
@@ -58,10 +59,10 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
-    batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
-    lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
+    lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
     ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
@@ -131,8 +132,8 @@ def confidence_sums(probs: Tensor, label: Tensor) -> Tensor:
     mean p and of mean p^2, pixels.
     """
     confidence, prediction = probs.max(dim=1)
-    right, seen = prediction == label, label != IGNORE
-    chosen = torch.stack([right & seen, ~right & seen])
+    right, known = prediction == label, label != IGNORE
+    chosen = torch.stack([right & known, ~right & known])
     confidence, pixels = confidence.double(), chosen.sum(dim=(2, 3))
     mean = (confidence * chosen).sum(dim=(2, 3)) / pixels.clamp(min=1)
     mean_square = (confidence**2 * chosen).sum(dim=(2, 3)) / pixels.clamp(min=1)
@@ -140,10 +141,10 @@ def confidence_sums(probs: Tensor, label: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1).sum(dim=1)
 
 
-def class_sums(probs: Tensor, counted: Tensor) -> Tensor:
-    """For Eq. 12: sums of q(x) over the pixels of `counted`, and their number: [C + 1]."""
-    sums = (probs * counted[:, None]).sum(dim=(0, 2, 3))
-    return torch.cat([sums, counted.sum()[None]]).double()
+def class_sums(probs: Tensor, mask: Tensor) -> Tensor:
+    """For Eq. 12: sums of probs [B, C, H, W] over mask [B, H, W], and its pixels: [C + 1]."""
+    sums = (probs * mask[:, None]).sum(dim=(0, 2, 3))
+    return torch.cat([sums, mask.sum()[None]]).double()
 
 
 class Statistics(nn.Module):
@@ -155,7 +156,7 @@ class Statistics(nn.Module):
         ones = torch.ones(2, dtype=torch.float64)
         self.register_buffer("mean", ones / num_classes)  # [mu+, mu-]
         self.register_buffer("variance", ones.clone())
-        # E_l, E_u of Eq. 12
+        # E_l, E_u of Eq. 12: [2, C]
         self.register_buffer("class_mean", ones[:, None].repeat(1, num_classes) / num_classes)
 
     def update(self, labeled_probs: Tensor, label: Tensor, probs: Tensor, valid: Tensor) -> None:
@@ -189,7 +190,7 @@ def make_views(batch: dict[str, Tensor], crop: int, photometry: Photometry) -> d
     for view in ("strong_1", "strong_2"):
         strong = strong_augment(weak, photometry)
         boxes = cutmix_boxes(len(weak), crop, device=weak.device)
-        views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
+        views[view] = normalize(cutmix(boxes, strong, cutmix_partner(strong)))
         views[view + "_boxes"] = boxes
     return views
 
@@ -198,7 +199,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
-    # Ranks' gradients are averaged: so divided, into the mean over the global batch's pixels.
+    # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -209,9 +210,9 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: T
 
 
 def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dict) -> Tensor:
-    """Eq. 2 on one or both strong views, [B or 2B, ...]; in CutMix's boxes with the neighbour's."""
+    """Eq. 2 on one or both strong views, [B or 2B, ...]; in CutMix's boxes the partner's labels."""
     own = (pseudo_label, weight, views["valid"])
-    partners = [neighbour(part) for part in own]
+    partners = [cutmix_partner(part) for part in own]
     losses = []
     for view, logits_view in zip(("strong_1", "strong_2"), logits.split(len(weight))):
         boxes = views[view + "_boxes"]

@@ -37,7 +37,7 @@ from common.data import DataOptions, load_data, training_loader
 from common.evaluate import evaluate, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
-                            bf16_is_fast, init_distributed, mean_over_ranks, neighbour, option,
+                            bf16_is_fast, cutmix_partner, init_distributed, mean_over_ranks, option,
                             parse, require, run_main, with_defaults)
 
 
@@ -65,10 +65,10 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
-    batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
-    lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
+    lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
     ohem: float | None = option(None, "OHEM's threshold, not the paper's; 15.6 % count anyway",
                                 low=0, below=1)
@@ -188,13 +188,13 @@ class DeformableAttention(nn.Module):
     def forward(self, features: Tensor, height: int, width: int) -> Tensor:
         batch, pixels, _ = features.shape
         offset_x, offset_y, logits = self.sampling(features).chunk(3, dim=-1)
-        # float32 coordinates: in bf16 they would be whole pixels beyond 128
-        place = torch.arange(pixels, device=features.device, dtype=torch.float32)[:, None, None]
-        x = place % width + offset_x.unflatten(-1, (self.heads, self.points))
-        y = place // width + offset_y.unflatten(-1, (self.heads, self.points))
+        # float32: in bf16 they would be whole pixels beyond 128; x, y: [B, h w, heads, points]
+        pixel = torch.arange(pixels, device=features.device, dtype=torch.float32)[:, None, None]
+        x = pixel % width + offset_x.unflatten(-1, (self.heads, self.points))
+        y = pixel // width + offset_y.unflatten(-1, (self.heads, self.points))
         grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
         grid = grid.transpose(1, 2).flatten(0, 1)  # [B heads, h w, points, 2]
-        weight = logits.unflatten(-1, (self.points, self.heads)).softmax(dim=2)  # -1: slower
+        weight = logits.unflatten(-1, (self.points, self.heads)).softmax(dim=2)  # dim -1 is slower
         weight = weight.permute(0, 3, 1, 2).flatten(0, 1)  # [B heads, h w, points]
         maps = self.value(features).transpose(1, 2).reshape(len(grid), -1, height, width)
         found = F.grid_sample(maps.to(grid.dtype), grid, align_corners=False)
@@ -239,16 +239,16 @@ class MaskDenoiser(nn.Module):
         x = torch.cat([y_t.to(z.dtype), z], dim=1)
         x = self.fuse(x.flatten(2).transpose(1, 2))  # [B, h w, D]
         # Ours: sampling begins at log SNR -19, but of the times in training 2 % lie below -7.
-        snr = log_snr(t).clamp(-7, 7).float()[:, None]
-        angle = 2 * math.pi * snr * self.frequencies
-        time = F.silu(self.time(torch.cat([snr, angle.sin(), angle.cos()], dim=1)))  # [B, 4 D]
+        logsnr = log_snr(t).clamp(-7, 7).float()[:, None]
+        angle = 2 * math.pi * logsnr * self.frequencies
+        time = F.silu(self.time(torch.cat([logsnr, angle.sin(), angle.cos()], dim=1)))  # [B, 4 D]
         for layer in self.layers:
             x = layer(x, time, height, width)
         return self.classifier(x).transpose(1, 2).unflatten(2, (height, width))
 
 
 class LabelEncoding(nn.Module):
-    """Label maps [B, h, w] of 0..C-1, C or 255: unknown -> numbers in [-b, b], [B, K, h, w]."""
+    """Label maps [B, h, w] of 0 to C - 1, or C and 255 for unknown -> [B, K, h, w] in [-b, b]."""
 
     def __init__(self, kind: str, num_classes: int, channels: int, scale: float):
         super().__init__()
@@ -324,13 +324,13 @@ class Sampler(nn.Module):
 
 def make_views(batch: dict, crop: int, photometry: Photometry, names: tuple,
                p: float) -> dict[str, Tensor]:
-    """Weak crops, uint8 -> the normalised views of a step: weak, strong ones with CutMix."""
+    """Weak crops, uint8 -> the normalised views of a step: weak, strong ones; p: of CutMix."""
     weak = to_float(batch["unlabeled"])
     views = {**batch, "labeled": normalize(batch["labeled"]), "weak": normalize(weak)}
     for view in names:
         strong = strong_augment(weak, photometry)
         boxes = cutmix_boxes(len(weak), crop, p, device=weak.device)
-        views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
+        views[view] = normalize(cutmix(boxes, strong, cutmix_partner(strong)))
         views[view + "_boxes"] = boxes
     return views
 
@@ -383,9 +383,9 @@ def diffmatch_loss(network, model: DiffMatch, views: dict, names: tuple, prior: 
 
     pseudo = pseudo_labels(model, z_weak, views["valid"], config)
     torch.clear_autocast_cache()  # older PyTorch would use casts again that have no gradient
-    partner = neighbour(pseudo)
-    truth = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # all are used
-    targets = [truth] if single_view else [truth, pseudo]
+    partner = cutmix_partner(pseudo)
+    label = views["label"].long()[:, None].expand(-1, 2, -1, -1)  # [B, 2, H, W]: all are used
+    targets = [label] if single_view else [label, pseudo]
     targets += [cutmix(views[name + "_boxes"], pseudo, partner) for name in names]
 
     # One pass of the denoiser for all views; each image of each has a time and noise of its own.
@@ -433,7 +433,7 @@ def train(config: Config) -> None:
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            amp=bf16_is_fast(device),
                            output=f"runs/diffmatch_{data.tag}_{config.seed}")
-    if config.discriminative:  # no mask, no other time, and thus nothing that Eq. 9 derives
+    if config.discriminative:  # no y_t, t always 1: without diffusion Eq. 9 has no derivation
         config = replace(config, mask_channels=0, tau=0.0, pseudo_steps=1, steps=1)
 
     torch.manual_seed(config.seed)

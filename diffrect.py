@@ -70,9 +70,9 @@ class Config(VolumeOptions, RunOptions):
     batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
     channels: int | None = option(None, "of the first level of both networks", low=1)
     crop: int | None = option(None, "slices are resized to crop x crop", low=64, multiple=64)
-    batch_size: int | None = option(None, "labeled slices a step, all GPUs; as many others", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) slices a step, all GPUs", low=1)
     iterations: int | None = option(None, "optimizer steps", low=1)
-    lr: float | None = option(None, "of both networks; recipes' follow --batch-size", above=0)
+    lr: float | None = option(None, "of both networks; a recipe's grows with --batch-size", above=0)
     weight_decay: float = option(1e-4, "of SGD", low=0)
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
@@ -136,7 +136,7 @@ def dice_coefficient(a: Tensor, b: Tensor, num_classes: int, jaccard: bool = Fal
 def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: int) -> Tensor:
     """tau of Eq. 6, Table 5 for pairs of label maps [B, H, W]: [B] in [0, 1], both: [0, 2].
 
-    none: of Table 4. released: 1 - Dice, with background, of this rank's slices as one map.
+    none: 0 (Table 4, w/o CG). released: 1 - Dice with background of this rank's slices as one map.
     """
     dice = dice_coefficient(coarse, fine, num_classes)
     jaccard = dice_coefficient(coarse, fine, num_classes, jaccard=True)
@@ -181,18 +181,18 @@ def ramp(iteration: int, length: int) -> float:
 # ---------------------------------------------------------------- networks
 
 
-def convolution(inputs: int, outputs: int) -> nn.Sequential:
+def conv_bn_lrelu(inputs: int, outputs: int) -> nn.Sequential:
     layer = nn.Conv2d(inputs, outputs, 3, padding=1)
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.LeakyReLU())
 
 
 class Block(nn.Module):
-    """Two convolutions; between them dropout and, if guided, a shift by an embedding [B, E]."""
+    """Two convolutions; dropout between them and, if embedding_dim, a shift by embedding [B, E]."""
 
-    def __init__(self, inputs: int, outputs: int, dropout: float = 0.0, guided: int = 0):
+    def __init__(self, inputs: int, outputs: int, dropout: float = 0.0, embedding_dim: int = 0):
         super().__init__()
-        self.first, self.second = convolution(inputs, outputs), convolution(outputs, outputs)
-        self.shift = nn.Linear(guided, outputs) if guided else None
+        self.first, self.second = conv_bn_lrelu(inputs, outputs), conv_bn_lrelu(outputs, outputs)
+        self.shift = nn.Linear(embedding_dim, outputs) if embedding_dim else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -205,10 +205,10 @@ class Block(nn.Module):
 class Up(nn.Module):
     """A 1x1 convolution, twice the size, then a block that also sees `skip`, of that size."""
 
-    def __init__(self, inputs: int, skip: int, guided: int = 0):
+    def __init__(self, inputs: int, skip: int, embedding_dim: int = 0):
         super().__init__()
         self.narrow = nn.Conv2d(inputs, skip, 1)
-        self.block = Block(2 * skip, skip, guided=guided)
+        self.block = Block(2 * skip, skip, embedding_dim=embedding_dim)
 
     def forward(self, x: Tensor, skip: Tensor, embedding: Tensor | None = None) -> Tensor:
         x = F.interpolate(self.narrow(x), scale_factor=2, mode="bilinear", align_corners=True)
@@ -216,13 +216,13 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, inputs, S, S] -> features of five levels, strides 1 to 16; `added` ones are added."""
+    """[B, inputs, S, S] -> features of five levels, strides 1 to 16, plus those of `added`."""
 
-    def __init__(self, inputs: int, channels: int, guided: int = 0):
+    def __init__(self, inputs: int, channels: int, embedding_dim: int = 0):
         super().__init__()
         widths = [inputs, *(channels * 2**level for level in range(5))]
         sizes = zip(widths, widths[1:], (0.05, 0.1, 0.2, 0.3, 0.5))  # the last: dropout
-        self.blocks = nn.ModuleList(Block(*size, guided) for size in sizes)
+        self.blocks = nn.ModuleList(Block(*size, embedding_dim) for size in sizes)
 
     def forward(self, x: Tensor, embedding=None, added=None) -> list[Tensor]:
         features = []
@@ -236,10 +236,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features of five levels -> logits [B, C, S, S]."""
 
-    def __init__(self, channels: int, num_classes: int, guided: int = 0):
+    def __init__(self, channels: int, num_classes: int, embedding_dim: int = 0):
         super().__init__()
         widths = [channels * 2**level for level in (3, 2, 1, 0)]
-        self.ups = nn.ModuleList(Up(2 * width, width, guided) for width in widths)
+        self.ups = nn.ModuleList(Up(2 * width, width, embedding_dim) for width in widths)
         self.classifier = nn.Conv2d(channels, num_classes, 3, padding=1)
 
     def forward(self, features: list[Tensor], embedding: Tensor | None = None) -> Tensor:
@@ -294,31 +294,31 @@ class Rectifier(nn.Module):
     def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = STEPS,
                  batch_statistics: bool = True):
         super().__init__()
-        self.batch_statistics, guided = batch_statistics, 32 * channels
-        self.guidance = Sinusoidal(4 * channels, guided)
-        self.slice_encoder = Encoder(1, channels, guided)
-        self.mask_encoder = Encoder(4, channels, guided)
+        self.batch_statistics, embedding_dim = batch_statistics, 32 * channels
+        self.guidance = Sinusoidal(4 * channels, embedding_dim)
+        self.slice_encoder = Encoder(1, channels, embedding_dim)
+        self.mask_encoder = Encoder(4, channels, embedding_dim)
         self.denoiser = Denoiser(channels) if diffusion_steps else None
-        self.decoder = Decoder(channels, len(colors), guided)
+        self.decoder = Decoder(channels, len(colors), embedding_dim)
         self.register_buffer("alpha_bar", cosine_alpha_bar(diffusion_steps).float(),
                              persistent=False)
         self.register_buffer("colors", colors, persistent=False)
 
-    def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor, of_slices) -> list[Tensor]:
+    def embed(self, labels, slices, guidance, slice_features: list[Tensor]) -> list[Tensor]:
         """B_sem of Eq. 5: features of five levels, the slices' own added to each (Section 3.1
         concatenates; here as released)."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
-        return self.mask_encoder(masks, guidance, of_slices)
+        return self.mask_encoder(masks, guidance, slice_features)
 
     def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
         """Label maps -> logits [B, C, S, S] of fine recovered; latent losses [B] (Eq. 9, 11)."""
         guidance = self.guidance(TAU_SCALE * tau)
-        of_slices = self.slice_encoder(slices, guidance)
-        features = self.embed(coarse, slices, guidance, of_slices)
+        slice_features = self.slice_encoder(slices, guidance)
+        features = self.embed(coarse, slices, guidance, slice_features)
         if self.denoiser is None:
             return self.decoder(features, guidance), torch.zeros_like(tau)
         with torch.no_grad():  # a target that learned too would shrink, to be recovered easily
-            clean = self.embed(fine, slices, guidance, of_slices)[-1]
+            clean = self.embed(fine, slices, guidance, slice_features)[-1]
         step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)
         alpha_bar = self.alpha_bar[step][:, None, None, None]
         noisy = add_noise(clean, alpha_bar, torch.randn_like(clean))

@@ -42,8 +42,8 @@ from common.evaluate import data_options, evaluate, load_predictor, write_sample
 from common.figures import filter_normalized_direction
 from common.models import DPT, DeepLabV3Plus, hard_pixel_loss
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, all_reduce_sum, bf16_is_fast,
-                            init_distributed, make_ema, mean_over_ranks, neighbour, option, parse,
-                            require, run_main, say, update_ema, with_defaults, write_json)
+                            cutmix_partner, init_distributed, make_ema, mean_over_ranks, option,
+                            parse, require, run_main, say, update_ema, with_defaults, write_json)
 
 BASELINES = {"unimatch_v1": DeepLabV3Plus, "unimatch_v2": DPT}
 STRATEGIES = ("uniform", "pos", "pos_meo", "fixed")
@@ -51,7 +51,7 @@ SUP, UNSUP = 0, 1  # g_s and g_u wherever something has two rows
 ROUNDING = 1e-6  # a cosine, or a length beside another one, below this is rounding error
 COLLAPSED = ("every pseudo label is of one class and the loss on labels has tripled: start again "
              "in a new folder with a longer --warmup, or with --cap 0.8")
-WATCHED = 20  # steps of one class in a row tell of a collapse; of fewer a line may be so by chance
+MIN_ONE_CLASS_STEPS = 20  # a line of the log over fewer may be all of one class by chance
 CHUNK = 2**20  # of a gradient, whose float64 copies stay small
 DISTANCES = [step / 10 for step in range(-10, 11)]  # of the landscape
 DIRECTIONS, LANDSCAPE_BATCHES = 3, 6
@@ -79,10 +79,10 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "as in daw.py; unimatch_v2: dinov2_s or tiny_vit")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1; unimatch_v2: 14 k", low=16)
-    batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
-    lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
+    lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
     ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
     weight_decay: float | None = option(None, "of SGD (1e-4), of V2's AdamW (0.01)", low=0)
@@ -122,7 +122,7 @@ def pos_weight(ss: Tensor, su: Tensor, uu: Tensor, cap: float = 1.0) -> Tensor:
     return torch.where(vanishing, 0.5, alpha_unsup)
 
 
-def length(products: Tensor, w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
+def combined_norm(products: Tensor, w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
     """|w_s g_s + w_u g_u| from `inner_products`, 0-d."""
     ss, su, uu = products
     return (w_sup**2 * ss + 2 * w_sup * w_unsup * su + w_unsup**2 * uu).clamp(min=0).sqrt()
@@ -130,9 +130,9 @@ def length(products: Tensor, w_sup: Tensor | float, w_unsup: Tensor | float) -> 
 
 def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
     """lambda of Eq. 13, 0-d; 0 for opposite gradients, whose shortest mean is zero."""
-    taken = length(products, 1 - alpha_unsup, alpha_unsup)
-    stationary = taken <= ROUNDING * torch.minimum(products[0], products[2]).sqrt()
-    return torch.where(stationary, 0.0, length(products, 0.5, 0.5) / taken)
+    pos_norm = combined_norm(products, 1 - alpha_unsup, alpha_unsup)
+    stationary = pos_norm <= ROUNDING * torch.minimum(products[0], products[2]).sqrt()
+    return torch.where(stationary, 0.0, combined_norm(products, 0.5, 0.5) / pos_norm)
 
 
 def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | None = None,
@@ -171,7 +171,7 @@ def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
     def min_cosine(w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
         along = w_sup * products[:2] + w_unsup * products[1:]  # <h, g_s>, <h, g_u>
-        norms = length(products, w_sup, w_unsup) * products[::2].sqrt()
+        norms = combined_norm(products, w_sup, w_unsup) * products[::2].sqrt()
         return torch.where(norms > 0, along / norms, 0.0).min()
 
     uniform, taken = min_cosine(0.5, 0.5), min_cosine(*weights)
@@ -225,7 +225,7 @@ def make_views(batch: dict[str, Tensor], crop: int, photometry: Photometry) -> d
     for view in ("strong_1", "strong_2"):
         strong = strong_augment(weak, photometry)
         boxes = cutmix_boxes(len(weak), crop, device=weak.device)
-        views[view] = normalize(cutmix(boxes, strong, neighbour(strong)))
+        views[view] = normalize(cutmix(boxes, strong, cutmix_partner(strong)))
         views[view + "_boxes"] = boxes
     return views
 
@@ -234,7 +234,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
-    # Ranks' gradients are averaged: so divided, into the mean over the global batch's pixels.
+    # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
@@ -251,9 +251,9 @@ def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: T
 
 
 def strong_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, views: dict) -> Tensor:
-    """Eq. 3 on both strong views, logits [2B, C, H, W]; in CutMix's boxes with the neighbour's."""
+    """Eq. 3 on both strong views, logits [2B, C, H, W]; in CutMix's boxes the partner's labels."""
     own = (pseudo_label, weight, views["valid"])
-    partners = [neighbour(part) for part in own]
+    partners = [cutmix_partner(part) for part in own]
     losses = []
     for view, logits_view in zip(("strong_1", "strong_2"), logits.split(len(weight))):
         boxes = views[view + "_boxes"]
@@ -281,12 +281,12 @@ def unimatch_v1_losses(network, views: dict, threshold: float, ohem: float) -> t
 
 def unimatch_v2_losses(network, teacher, views: dict, threshold: float,
                        ohem: float) -> tuple[Tensor, ...]:
-    """The same of UniMatch V2: EMA teacher, strong views that lose complementary channels of all
-    four maps of the encoder."""
+    """(L_sup, L_unsup, pseudo label, used) of UniMatch V2: EMA teacher; the strong views lose
+    complementary channels of all four maps of the encoder."""
     with torch.no_grad():
         pseudo_label, used = pseudo_labels(teacher(views["weak"]), views["valid"], threshold)
     size, channels = len(views["weak"]), teacher.encoder.dim
-    mask = 2.0 * torch.randint(2, (size, channels), device=used.device)  # 0 or 2
+    mask = 2.0 * torch.randint(2, (size, channels), device=used.device)  # [B, dim], 0 or 2
     whole = torch.rand(size, 1, device=used.device) < 0.5  # such an image keeps all channels
     masks = torch.cat([torch.where(whole, 1.0, mask), torch.where(whole, 1.0, 2 - mask)])
     loss_sup = supervised_loss(network(views["labeled"]), views["label"], ohem)
@@ -308,7 +308,7 @@ def train(config: Config) -> None:
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
     pareto = config.strategy.startswith("pos")
-    part = 2 if data.info.embedded else 20  # until L_sup is no longer far above L_unsup
+    part = 2 if data.info.embedded else 20  # warm-up of steps // part, until L_sup nears L_unsup
     steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
     config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // part if pareto else 0,
                            output=f"runs/pos_meo_{data.tag}_{config.seed}")
@@ -335,7 +335,7 @@ def train(config: Config) -> None:
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    evaluated = model
+    evaluated = model  # of V2 the average of its weights, the teacher
     if config.ema_decay:
         evaluated = state["ema"] = make_ema(model)
     losses = (partial(unimatch_v2_losses, network, evaluated) if is_v2
@@ -384,9 +384,9 @@ def train(config: Config) -> None:
             terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
         if means := log.step(step, terms):
             log.write(step, means)
-            collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.on_labels)
+            collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.sup_losses)
             covered = step % config.log_every or config.log_every  # steps of this line
-            require(not (pareto and covered >= WATCHED and collapsed), COLLAPSED)
+            require(not (pareto and covered >= MIN_ONE_CLASS_STEPS and collapsed), COLLAPSED)
         del loss_sup, loss_unsup, terms  # a retained graph must not outlive the next forward pass
         milestones.after(step)  # saves, leaves when told to, evaluates
 

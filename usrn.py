@@ -79,10 +79,10 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
-    batch_size: int | None = option(None, "labeled images a step, all GPUs; as many others", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
-    lr: float | None = option(None, "of the encoder; recipes' follow --batch-size", above=0)
+    lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
     ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
@@ -110,7 +110,7 @@ def entropy(probs: Tensor) -> Tensor:
 
 
 def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, rule: str) -> tuple:
-    """Eq. 6, 7: where F_sub is surer and may regularize F, bool [B, ...]; the class that it sees.
+    """Eq. 6, 7: where F_sub is surer and may regularize F, bool [B, ...]; its class, [B, ...].
 
     probs [B, C, ...] of F, sub_probs [B, K, ...] of F_sub. "paper": entropy and class of M(p*), the
     sums over parents; "released": entropy of p*, and the parent of the likeliest subclass.
@@ -141,17 +141,17 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     """
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
-    # Ranks' gradients are averaged: so divided, into the mean over the global batch's pixels.
+    # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
 
-def weighted_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, cells: Tensor) -> Tensor:
-    """L_ce of Eq. 4, 5, 7: a sum over used cells by the number of all valid ones, `cells`.
+def weighted_loss(logits: Tensor, pseudo_label: Tensor, used: Tensor, num_cells: Tensor) -> Tensor:
+    """L_ce of Eq. 4, 5, 7: a sum over used cells by the number of all valid ones, `num_cells`.
 
     logits [B, C, h, w], the others [B, h, w].
     """
     loss = F.cross_entropy(logits.float(), pseudo_label, reduction="none")
-    return (loss * used).sum() / cells
+    return (loss * used).sum() / num_cells
 
 
 class USRN(nn.Module):
@@ -244,8 +244,8 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
             if "EGM" in parts:
                 gate, seen = entropy_gate(probs, sub_probs, parent_of, config.gate)
             regularized = regularize(probs, seen, gate)  # Eq. 4, 6
-        # Where the gate is closed, F's own label: by Section 1 F_sub alone has no say there. By
-        # Eq. 3 and 6 such a cell would not be learned from.
+        # Where the gate is closed, F's own label stays: by Section 1 only F_sub's teaching stops.
+        # By Eq. 3 and 6 such a cell would not be learned from.
         pseudo_label, used = select(regularized, threshold)
         used, vetoed = used & valid, confident & valid & ~used
     terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, num_cells)  # Eq. 7
@@ -486,7 +486,7 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
     record = folder / "subclasses.json"
     files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
     if not all(file.is_file() for file in (record, *files)):
-        options = {name: getattr(Config, name) for name in LATER}  # not read by it: one serves all
+        options = {name: getattr(Config, name) for name in LATER}  # one stage 1 serves all of them
         options |= {"iterations": steps, "eval_every": steps, "model": "baseline",
                     "save_every": config.save_every or config.eval_every,
                     "output": str(folder.with_name("supervised"))}

@@ -19,7 +19,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in the order of the colour j
 
 
 def weak_geometry(image: Image.Image, mask: np.ndarray | None, crop: int, scale, rng):
-    """Random scale, random crop with padding at the right and bottom, random flip (p 0.5).
+    """Resized by a factor within scale, cropped (padded right and bottom), flipped with p 0.5.
 
     image: PIL RGB; mask: uint8 [H, W] or None. Returns the image uint8 [3, crop, crop], the mask
     uint8 [crop, crop] or None, and valid, bool [crop, crop]; on padding 0, 255 and False.
@@ -99,7 +99,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def adjust_in_order(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Brightness, contrast and saturation are blends: factors [B, n], each with its operation."""
+    """Brightness, contrast, saturation as blends: factors [B, n], operations `order` [B, n]."""
     for factor, operation in zip(factors.T, order.T):
         gray = luminance(x)
         contrast = per_image(operation == CONTRAST)
@@ -140,7 +140,7 @@ def strong_augment(x: Tensor, photometry: Photometry = Photometry()) -> Tensor:
     sigma U(least, most).
     """
     jitter, (least, most) = photometry
-    uniform = torch.rand(8, len(x), device=x.device, dtype=x.dtype)
+    uniform = torch.rand(8, len(x), device=x.device, dtype=x.dtype)  # 3 factors, hue, sigma, 3 p
     order = torch.rand(len(x), 4, device=x.device).argsort(1)
     factors, shift = 1 + jitter * (2 * uniform[:3] - 1), jitter / 2 * (2 * uniform[3] - 1)
     sigma = least + (most - least) * uniform[4]

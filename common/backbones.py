@@ -55,7 +55,7 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, dilati
 class Encoder(nn.Module):
     """images [B, 3, H, W] -> low features [B, low_channels, ...] -> high [B, high_channels, ...].
 
-    A chain of submodules: `low_parts`, which another encoder may run instead, and `high_parts`.
+    A chain of submodules: `low_parts`, which usrn.py may share between networks, and `high_parts`.
     """
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ class Xception65(Encoder):
         return low[:, : self.low_channels], self.high_level(low)
 
     def low_level(self, x: Tensor) -> Tensor:
-        """[B, 512, H/4, W/4]: low, and each value four times block2's output, of half the size."""
+        """[B, 512, H/4, W/4]: low, then block2's output at H/8, each value repeated 2 x 2."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         low, x = self.block2(self.block1(x)[1])
@@ -370,13 +370,13 @@ def checkpoint_activations(model: nn.Module, compiled: bool = False) -> None:
     for block in model.modules():
         if isinstance(block, kinds):
             forward = partial(type(block).forward, block)
-            contexts = partial(forward_and_recomputation, block)
+            contexts = partial(checkpoint_contexts, block)
             block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts,
                                     preserve_rng_state=False)
 
 
-def forward_and_recomputation(block: nn.Module) -> tuple:
-    return nullcontext(), KeepStatistics(block)
+def checkpoint_contexts(block: nn.Module) -> tuple:
+    return nullcontext(), KeepStatistics(block)  # of the forward pass, of its recomputation
 
 
 class KeepStatistics:

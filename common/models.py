@@ -24,7 +24,7 @@ def hard_pixel_loss(loss: Tensor, label: Tensor, threshold: float) -> Tensor:
 
     loss: cross entropy [B, H, W]; label [B, H, W], 255 = ignore. Hard are pixels whose class has
     at most the probability `threshold`, and always this rank's HARD_SHARE with the lowest. Returns
-    their sum; divided by the number of labeled pixels it is their mean (over all ranks).
+    their sum x labeled / hard pixels: divided by the labeled ones it is their mean (all ranks).
     """
     valid = label != IGNORE
     probability = torch.where(valid, (-loss.detach()).exp(), 2.0)  # ignored pixels come last
@@ -163,7 +163,7 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a scale to the path from the coarser ones, which the coarsest lacks, and enlarges it."""
+    """scale, plus path unless it is the coarsest, both [B, C, h, w] -> refined, [B, C, *size]."""
 
     def __init__(self, channels: int, coarsest: bool):
         super().__init__()

@@ -250,11 +250,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(count: Tensor) -> Tensor:
-    """At least 1. With sums divided by it, DDP's mean of gradients is the global batch's."""
+    """A count's mean over ranks, >= 1: DDP turns sums divided by it into global means."""
     return (all_reduce_sum(count.to(torch.float32, copy=True)) / world_size()).clamp(min=1)
 
 
-def neighbour(batch: Tensor) -> Tensor:
+def cutmix_partner(batch: Tensor) -> Tensor:
     """The image before each one in the *global* batch, [B, ...]: CutMix's partner."""
     rolled, ranks = torch.roll(batch, 1, dims=0), world_size()
     if ranks > 1:  # the last image goes to the next rank, as one message
@@ -441,7 +441,7 @@ class Checkpoint:
             left_behind.unlink()
 
     def change_lr(self, theirs: dict) -> None:
-        """A run that diverged may go on with another --lr: PolynomialLR multiplies what is."""
+        """A run that diverged may go on with another --lr: PolynomialLR scales the last one."""
         if self.config["lr"] != theirs["lr"]:
             say(f"--lr {theirs['lr']} becomes {self.config['lr']}")
             for group in self.state["optimizer"].param_groups:
@@ -500,7 +500,7 @@ class Checkpoint:
 class StopSignal:
     """SIGTERM or Ctrl-C: the loop saves and leaves in good order; one 5 s later ends it at once.
 
-    Not one right after it: a scheduler signals every process, and torchrun passes its own on.
+    An earlier one is the same: schedulers signal every process, and torchrun passes its own on.
     """
 
     def __init__(self):
@@ -534,8 +534,7 @@ class StopSignal:
         sys.exit(128 + number)
 
     def at_once(self, step: int) -> None:
-        """From here on, where all up to `step` is saved, a signal ends the process, also one that
-        has come."""
+        """All up to `step` is saved: a signal, also one that has come, now ends the process."""
         self.saved = step
         if self.number:
             self.leave(step, self.number)
@@ -601,7 +600,7 @@ class Log:
 
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10)
         kept = keep_lines_until(self.folder / "metrics.jsonl", start)
-        self.on_labels = [line["loss_sup"] for line in kept if "loss_sup" in line]
+        self.sup_losses = [line["loss_sup"] for line in kept if "loss_sup" in line]
         self.since, self.steps = time.monotonic(), 0  # for the speed
 
     def line_is_due(self, step: int) -> bool:
@@ -639,10 +638,10 @@ class Log:
         self.append(step, {**line, "images_per_second": images})
         minutes, seconds = divmod(round((self.total - step) / speed), 60)
         if "loss_sup" in line:
-            self.on_labels.append(line["loss_sup"])
+            self.sup_losses.append(line["loss_sup"])
         if step % (5 * self.every) == 0:
-            fives = [statistics.fmean(self.on_labels[first : first + 5])
-                     for first in range(0, len(self.on_labels), 5)] or [0.0]
+            fives = [statistics.fmean(self.sup_losses[first : first + 5])
+                     for first in range(0, len(self.sup_losses), 5)] or [0.0]
             running_away = fives[-1] > 3 * min(fives)  # wrong pseudo labels can do that
             say(f"{step}/{self.total}  loss {line['loss']:.4f}  {images:.1f} images/s  "
                 f"{minutes}:{seconds:02} left"

@@ -290,9 +290,9 @@ def test_the_rectifier_learns_to_recover_the_latent_of_the_fine_mask():
         torch.manual_seed(1)
         _, latent_loss = rectifier(coarse, fine, slices, tau)
         guidance = rectifier.guidance(1000 * tau)
-        of_slices = rectifier.slice_encoder(slices, guidance)
+        slice_features = rectifier.slice_encoder(slices, guidance)
         embed = functools.partial(rectifier.embed, slices=slices, guidance=guidance,
-                                  of_slices=of_slices)
+                                  slice_features=slice_features)
         condition, clean = embed(coarse)[-1], embed(fine)[-1]
     (z_t, given, step, recovered), = calls
     close(given, condition, rel=1e-4)

@@ -385,7 +385,7 @@ def test_a_collapsed_run_is_stopped(classes, factor, every, watched, stops, shap
         return loss, loss, pseudo_label, views["valid"].float()
 
     monkeypatch.setattr(pos_meo, "unimatch_v1_losses", losses)
-    monkeypatch.setattr(pos_meo, "WATCHED", watched)
+    monkeypatch.setattr(pos_meo, "MIN_ONE_CLASS_STEPS", watched)
     expected = pytest.raises(runtime.UserError, match="--warmup") if stops else nullcontext()
     for _ in range(1 + stops):  # the same command goes on from the second step, and stops again
         with expected:

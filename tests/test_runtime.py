@@ -125,8 +125,8 @@ def test_one_process_is_a_group_of_one(monkeypatch):
         assert f"'{name}'" in error_of(runtime.init_distributed, name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "cuda:2: 2 GPUs" in error_of(runtime.init_distributed, "cuda:2")
-    assert runtime.neighbour(torch.tensor([7, 8, 9])).tolist() == [9, 7, 8]
-    assert runtime.neighbour(torch.tensor([7])).tolist() == [7]
+    assert runtime.cutmix_partner(torch.tensor([7, 8, 9])).tolist() == [9, 7, 8]
+    assert runtime.cutmix_partner(torch.tensor([7])).tolist() == [7]
     assert runtime.mean_over_ranks(torch.tensor(3)) == 3
 
 
@@ -168,7 +168,7 @@ def test_neighbour_in_the_global_batch(tmp_path, ranks):
                images.float().to(memory_format=torch.channels_last)]
 
     def work(rank: int):
-        return [runtime.neighbour(batch.tensor_split(ranks)[rank]) for batch in batches]
+        return [runtime.cutmix_partner(batch.tensor_split(ranks)[rank]) for batch in batches]
 
     for batch, *partners in zip(batches, *on_ranks(work, tmp_path, ranks)):
         assert torch.equal(torch.cat(partners), batch[[5, 0, 1, 2, 3, 4]])
