@@ -304,7 +304,8 @@ class Rectifier(nn.Module):
                              persistent=False)
         self.register_buffer("colors", colors, persistent=False)
 
-    def embed(self, labels, slices, guidance, slice_features: list[Tensor]) -> list[Tensor]:
+    def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor,
+              slice_features: list[Tensor]) -> list[Tensor]:
         """B_sem of Eq. 5: features of five levels, the slices' own added to each (Section 3.1
         concatenates; here as released)."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)

@@ -500,7 +500,7 @@ class Checkpoint:
 class StopSignal:
     """SIGTERM or Ctrl-C: the loop saves and leaves in good order; one 5 s later ends it at once.
 
-    An earlier one is the same: schedulers signal every process, and torchrun passes its own on.
+    An earlier one is the first again: schedulers signal every process, torchrun passes its own on.
     """
 
     def __init__(self):
