@@ -154,7 +154,7 @@ def test_without_noise_a_reverse_step_stays_on_the_path(step, following):
     z_t = diffrect.add_noise(z0, alpha_bar[step], noise)
     z = diffrect.reverse_step(z_t, z0, alpha_bar[step], alpha_bar[following])
     expected = diffrect.add_noise(z0, alpha_bar[following], noise)
-    torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-9)
+    close(z, expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("step, following", PAIRS)
