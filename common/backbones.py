@@ -380,14 +380,16 @@ def checkpoint_contexts(block: nn.Module) -> tuple:
 
 
 class KeepStatistics:
-    """Puts back batch norm's running statistics. A graph that is walked twice enters it twice."""
+    """Batch norms keep their running statistics. A graph that is walked twice enters it twice."""
 
     def __init__(self, block: nn.Module):
-        self.buffers = list(block.buffers())
+        self.norms = [part for part in block.modules() if hasattr(part, "num_batches_tracked")]
 
     def __enter__(self) -> None:
-        self.values = [buffer.clone() for buffer in self.buffers]
+        self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm, (_, counter) in zip(self.norms, self.kept):
+            norm.momentum, norm.num_batches_tracked = 0.0, counter.clone()
 
     def __exit__(self, *error) -> None:
-        for buffer, value in zip(self.buffers, self.values):
-            buffer.data.copy_(value)  # `data`: autograd must not see a change
+        for norm, kept in zip(self.norms, self.kept):
+            norm.momentum, norm.num_batches_tracked = kept
