@@ -369,14 +369,9 @@ def checkpoint_activations(model: nn.Module, compiled: bool = False) -> None:
     kinds = (Bottleneck, InvertedResidual, ResidualBlock, XceptionBlock, TransformerBlock)
     for block in model.modules():
         if isinstance(block, kinds):
-            forward = partial(type(block).forward, block)
-            contexts = partial(checkpoint_contexts, block)
-            block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts,
-                                    preserve_rng_state=False)
-
-
-def checkpoint_contexts(block: nn.Module) -> tuple:
-    return nullcontext(), KeepStatistics(block)  # of the forward pass, of its recomputation
+            contexts = KeepStatistics(block).contexts
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    context_fn=contexts, preserve_rng_state=False)
 
 
 class KeepStatistics:
@@ -384,6 +379,9 @@ class KeepStatistics:
 
     def __init__(self, block: nn.Module):
         self.norms = [part for part in block.modules() if hasattr(part, "num_batches_tracked")]
+
+    def contexts(self) -> tuple:
+        return nullcontext(), self  # of the forward pass, of its recomputation
 
     def __enter__(self) -> None:
         self.kept = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
