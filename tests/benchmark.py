@@ -16,6 +16,7 @@
                    of one pass without a mask, with a true and with a wrong one: --checkpoint
     latent         Dice of diffrect.py's rectified labels, decoded from the recovered latent and
                    from others: --checkpoint of a run on the phantom
+    statistics     test Dice of diffrect.py with batch statistics averaged anew: --checkpoint
     kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
     rectification  training steps of diffrect.py without and with its rectifier
     evaluation     scores of 500x375 images, whole and by sliding window, beside the network alone
@@ -524,6 +525,31 @@ def latent(sizes) -> None:
         say(f"  {name:37} {100 * np.mean(scores):.2f}  ({len(scores)} unlabeled slices)")
 
 
+@torch.no_grad()
+def statistics(sizes) -> None:
+    """Over weak views of 60 batches, with dropout as in training and without."""
+    device = init_distributed()[2]
+    network, config, info = load_predictor(sizes.checkpoint, device)
+    data, crop = medical.load_volumes(data_options(config, medical.VolumeOptions)), config["crop"]
+    layers = [part for part in network.modules() if isinstance(part, torch.nn.Dropout)]
+    rates = [layer.p for layer in layers]
+    norms = [part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    trials = {f"{stream}, {'with' if share else 'without'} dropout": (stream, share)
+              for share in (1, 0) for stream in ("labeled", "unlabeled")}
+    for name, (stream, share) in {"as trained": ("", 1), **trials}.items():
+        for layer, rate in zip(layers, rates):
+            layer.p = share * rate
+        for norm in norms if stream else ():
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        network.train()
+        for batch in medical.slice_loader(data, crop, config["batch_size"], config["seed"] + 77, 0,
+                                          60 if stream else 0, device, num_workers=0):
+            network(to_float(batch[stream].to(device)))
+        dice = medical.evaluate_volumes(network, data.test, info, crop, device)["dice"]
+        say(f"  {name:30}{dice:8.2f}")
+
+
 def made_up_features(points: int, channels: int) -> torch.Tensor:
     """[N, D], as of a class after a ReLU: 40 groups of very different size, correlated noise."""
     generator = torch.Generator().manual_seed(0)
@@ -576,9 +602,9 @@ def distances(sizes) -> None:
 
 SUBJECTS = {function.__name__: function for function in (
     loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, latent,
-    kmeans, rectification, evaluation, distances)}
+    statistics, kmeans, rectification, evaluation, distances)}
 
-OF_A_CHECKPOINT = ("harm", "alignment", "feedback", "latent")
+OF_A_CHECKPOINT = ("harm", "alignment", "feedback", "latent", "statistics")
 
 
 def main() -> None:
