@@ -531,23 +531,24 @@ def statistics(sizes) -> None:
     device = init_distributed()[2]
     network, config, info = load_predictor(sizes.checkpoint, device)
     data, crop = medical.load_volumes(data_options(config, medical.VolumeOptions)), config["crop"]
-    layers = [part for part in network.modules() if isinstance(part, torch.nn.Dropout)]
-    rates = [layer.p for layer in layers]
+    rates = {part: part.p for part in network.modules() if isinstance(part, torch.nn.Dropout)}
     norms = [part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)]
-    trials = {f"{stream}, {'with' if share else 'without'} dropout": (stream, share)
-              for share in (1, 0) for stream in ("labeled", "unlabeled")}
-    for name, (stream, share) in {"as trained": ("", 1), **trials}.items():
-        for layer, rate in zip(layers, rates):
-            layer.p = share * rate
-        for norm in norms if stream else ():
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean of all batches
-        network.train()
-        for batch in medical.slice_loader(data, crop, config["batch_size"], config["seed"] + 77, 0,
-                                          60 if stream else 0, device, num_workers=0):
-            network(to_float(batch[stream].to(device)))
-        dice = medical.evaluate_volumes(network, data.test, info, crop, device)["dice"]
-        say(f"  {name:30}{dice:8.2f}")
+    batches = list(medical.slice_loader(data, crop, config["batch_size"], config["seed"] + 77, 0,
+                                        60, device, num_workers=0))
+    scores = partial(medical.evaluate_volumes, network, data.test, info, crop, device)
+    say(f"  {'as trained':30}{scores()['dice']:8.2f}")
+    torch.manual_seed(config["seed"])
+    network.train()
+    for kept in ("with", "without"):
+        for layer, rate in rates.items():
+            layer.p = rate * (kept == "with")
+        for stream in ("labeled", "unlabeled"):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+            for batch in batches:
+                network(to_float(batch[stream].to(device)))
+            say(f"  {f'{stream}, {kept} dropout':30}{scores()['dice']:8.2f}")
 
 
 def made_up_features(points: int, channels: int) -> torch.Tensor:
@@ -603,7 +604,6 @@ def distances(sizes) -> None:
 SUBJECTS = {function.__name__: function for function in (
     loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, latent,
     statistics, kmeans, rectification, evaluation, distances)}
-
 OF_A_CHECKPOINT = ("harm", "alignment", "feedback", "latent", "statistics")
 
 
