@@ -175,7 +175,7 @@ class Statistics(nn.Module):
         for old, new, known in ((self.mean, mean, enough), (self.variance, variance, enough),
                                 (self.class_mean, class_mean, counted > 0)):
             averaged = torch.lerp(new, old, self.momentum)
-            old.copy_(torch.where(known, averaged, old).clamp(min=1e-8))
+            old.copy_(torch.where(known, averaged, old).clamp(min=1e-8))  # they divide
 
     def gaussians(self) -> tuple:
         """mu+, sigma+^2, mu-, sigma-^2 and C: the arguments of `optimal_threshold`."""
@@ -272,8 +272,8 @@ def describe(statistics: Statistics, threshold: float) -> dict[str, float]:
             "sigma_neg": math.sqrt(var_neg), "lowest": 1 / num_classes,
             "shift": statistics.class_mean.diff(dim=0).abs().sum() / 2}
     for name in WEIGHTINGS:
-        step = t_star if name == "daw" else threshold
-        errors = tradeoff(lambda p: pseudo_label_weight(p, name, step), *gaussians)
+        cut = t_star if name == "daw" else threshold
+        errors = tradeoff(lambda p: pseudo_label_weight(p, name, cut), *gaussians)
         line[f"E1_{name}"], line[f"E2_{name}"] = errors
     return {name: round(float(value), 5) for name, value in line.items()}
 

@@ -8,15 +8,15 @@ latent from noise by diffusion, on condition of the coarser one's. So it turns w
 into better ones, which the U-Net learns from. Only the U-Net is used afterwards.
 
     Eq. 1, 7      forward diffusion                      cosine_alpha_bar, add_noise
-    Eq. 3, 12     reverse diffusion                      reverse_step, Rectifier.rectify
+    Eq. 2, 3, 12  reverse diffusion                      reverse_step, Rectifier.rectify
     Eq. 4         classes as colours far apart (SCS)     semantic_colors, color_masks
     Eq. 5         embedding of a coloured mask           Rectifier.embed
     Eq. 6         calibration guidance tau (CG)          dice_coefficient, calibration_guidance
     Eq. 8-11      S2W and W2G, losses of latents         Denoiser, Rectifier.forward
     Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
-Not as printed, but as released: the denoiser predicts the clean latent, and variances are fixed;
-Eq. 9, 11 are mean squares, whose targets have no gradient; latents are decoded as in a U-Net, with
-skips from the condition; pseudo labels' weight rises, rectified ones are used after a warm-up.
+The denoiser predicts the clean latent, as in Eq. 9 and 11, not the noise as in Eq. 3 and 12. Not as
+printed, but as released: variances are fixed; targets of Eq. 9, 11 have no gradient; latents are
+decoded with skips from the condition; weights of pseudo labels rise, rectified ones wait.
 
     python diffrect.py                                     embedded phantom
     python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
@@ -138,7 +138,7 @@ def calibration_guidance(kind: str, coarse: Tensor, fine: Tensor, num_classes: i
 
     none: 0 (Table 4, w/o CG). released: 1 - Dice with background of this rank's slices as one map.
     """
-    dice = dice_coefficient(coarse, fine, num_classes)
+    dice = dice_coefficient(coarse, fine, num_classes)  # all kinds, so that all make equal draws
     jaccard = dice_coefficient(coarse, fine, num_classes, jaccard=True)
     maps = (labels.flatten(0, 1)[None] for labels in (coarse, fine))
     of_batch = dice_coefficient(*maps, num_classes, background=True)
@@ -306,8 +306,8 @@ class Rectifier(nn.Module):
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor,
               slice_features: list[Tensor]) -> list[Tensor]:
-        """B_sem of Eq. 5: features of five levels, the slices' own added to each (Section 3.1
-        concatenates; here as released)."""
+        """B_sem of Eq. 5: features of five levels. The slice is an input channel (Section 3.1), and
+        its own features are added to each level (as released)."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, slice_features)
 
@@ -320,7 +320,7 @@ class Rectifier(nn.Module):
             return self.decoder(features, guidance), torch.zeros_like(tau)
         with torch.no_grad():  # a target that learned too would shrink, to be recovered easily
             clean = self.embed(fine, slices, guidance, slice_features)[-1]
-        step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)
+        step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)  # T: Eq. 9
         alpha_bar = self.alpha_bar[step][:, None, None, None]
         noisy = add_noise(clean, alpha_bar, torch.randn_like(clean))
         recovered = self.denoiser(noisy, features[-1], step)
@@ -332,7 +332,7 @@ class Rectifier(nn.Module):
         """Label maps -> logits [B, C, S, S] of better ones, recovered from pure noise (Eq. 12).
 
         In training, batch norms take the batch's statistics, and update the running ones; dropout
-        is off. released: in steps T and 1 only, without noise; clean latents are clamped.
+        is off (ours). released: steps T and 1 only, without noise; clean latents are clamped.
         """
         training = self.training
         self.train(training and self.batch_statistics)
@@ -491,10 +491,10 @@ def train(config: Config) -> None:
             terms |= {"loss_unsup": loss_unsup, "used": used.sum() / mean_over_ranks(valid.sum())}
             maps = {"pseudo_dice": pseudo_label}
         if rectifies:
-            s2w = masks_strong, masks_weak, strong  # Eq. 9: strong to weak, of unlabeled slices
-            w2g = (masks_weak, label, weak) if config.w2g else s2w  # Eq. 11: weak to truth
-            coarse, fine, slices = (torch.cat([of_labeled[:size], of_unlabeled[size:]])
-                                    for of_labeled, of_unlabeled in zip(w2g, s2w))
+            w2g = config.w2g  # labeled: weak to truth, Eq. 11; unlabeled: strong to weak, Eq. 9
+            coarse = torch.cat([(masks_weak if w2g else masks_strong)[:size], masks_strong[size:]])
+            fine = torch.cat([label if w2g else masks_weak[:size], masks_weak[size:]])
+            slices = torch.cat([(weak if w2g else strong)[:size], strong[size:]])  # of `coarse`
             tau_u = calibration_guidance(config.guidance, coarse[size:], fine[size:], classes)
             tau_l = calibration_guidance(config.guidance, coarse[:size], fine[:size], classes)
             tau = torch.cat([tau_l, tau_u])

@@ -10,8 +10,8 @@ collapse: the smaller g_u, the more h follows it alone, and a student that teach
 agrees with itself. Hence uniform steps first, and a run that stops as COLLAPSED (both ours).
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
-    Eq. 4, 5    h = w_s g_s + w_u g_u                 integration_weights, Gradients.integrate
-    Eq. 6       minimum-norm weights (POS)            minimum_norm_weight; pos_weight
+    Eq. 4       h = w_s g_s + w_u g_u                 integration_weights, Gradients.integrate
+    Eq. 5, 6    minimum-norm weights (POS)            minimum_norm_weight; pos_weight
     Eq. 13      magnitude enhancement (MEO)           magnification
     Fig. 1, 3   conflict, norms, alpha                gradient_statistics
     Fig. 5      loss and mIoU around the weights      landscape; --landscape a/latest.pt,b/latest.pt
@@ -38,7 +38,7 @@ from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize,
                             to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
-from common.evaluate import data_options, evaluate, load_predictor, write_samples
+from common.evaluate import data_options, evaluate, finite, load_predictor, write_samples
 from common.figures import filter_normalized_direction
 from common.models import DPT, DeepLabV3Plus, hard_pixel_loss
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, all_reduce_sum, bf16_is_fast,
@@ -152,7 +152,7 @@ def pareto_weights(g_sup: Tensor, g_unsup: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=True) -> Tensor:
-    """h of Eq. 5, with MEO of Eq. 13, to be used elsewhere: flat [P]; <h, g_s> and <h, g_u> are not
+    """h of Eq. 4, 6, with MEO Eq. 13, to be used elsewhere: flat [P]; <h, g_s> and <h, g_u> are not
     negative, unless one of the two vanishes."""
     strategy = "pos_meo" if magnitude_enhancement else "pos"
     weights = integration_weights(inner_products(g_sup, g_unsup), strategy).to(g_sup.dtype)
@@ -440,7 +440,7 @@ def landscape(config: Config) -> None:
                 miou = evaluate(moved, data, config.eval_split, crop, device,
                                 config.num_workers)["miou"]
                 curves[path].append({"direction": number, "distance": distance, "miou": miou,
-                                     "loss": torch.stack(losses).mean().item()})
+                                     "loss": finite(torch.stack(losses).mean())})
     write_json(folder / "landscape.json", curves)  # python -m common.figures draws it
 
 

@@ -11,7 +11,7 @@ clusters cells, means of 2 x 2 features (PSPNet: of one), and unlabeled losses a
     stage 2       balanced clusters of F's features          make_subclasses, balanced_kmeans
     Eq. 2         losses on classes and on subclasses        supervised_loss
     Eq. 3         S: pseudo labels above gamma               select
-    Eq. 4, 6, 7   regularized labels; the gate               regularize, entropy_gate
+    Eq. 4, 6, 7   regularized labels; M; the gate            regularize, entropy_gate
     Eq. 4, 5, 7   losses on pseudo labels                    weighted_loss
     Eq. 8         the total                                  usrn_loss
     Eq. 9         class balance rate                         class_balance_rate
@@ -24,8 +24,6 @@ A run folder holds supervised/ (stage 1) and subclasses/ (stage 2), used again w
 Results, figures and all differences from the paper and the released code: .docs/usrn.md
 """
 
-import itertools
-import json
 import math
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +43,8 @@ from common.figures import colorize, sample_grid, save_indexed_png, voc_palette
 from common.models import ARCHITECTURES, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, bf16_is_fast,
                             init_distributed, main_first, mean_over_ranks, option, parse, rank,
-                            reading, require, run_main, say, with_defaults, world_size, write_json)
+                            read_json, require, run_main, say, with_defaults, world_size,
+                            write_json)
 
 PARTS = ("MSL",  # supervised losses on classes and on subclasses, Eq. 2
          "OST",  # self-training of F, Eq. 3
@@ -54,8 +53,8 @@ PARTS = ("MSL",  # supervised losses on classes and on subclasses, Eq. 2
          "EGM")  # entropy gate, Eq. 6, 7
 MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
           "III": PARTS[:3], "IV": PARTS[:4], "USRN": PARTS}  # Table 3
-MOST_SUBCLASSES = 255  # 0 to 254: what a PNG with 255 = ignore can hold
-LATER = ("threshold", "gate", "lambda_sub", "lambda_u", "clustering", "share", "max_subclasses")
+STAGE_3_OPTIONS = ("threshold", "gate", "lambda_sub", "lambda_u", "clustering", "share",
+                   "max_subclasses")
 
 
 @dataclass
@@ -74,7 +73,7 @@ class Config(DataOptions, RunOptions):
     architecture: str = option("deeplabv3plus", "of both", choices=tuple(ARCHITECTURES))
     network: str = option("plain", "released: dropout, last stage of a ResNet dilated by 2, 4, 8",
                           choices=("plain", "released"))
-    max_subclasses: int | None = option(None, "in all (255; embedded: images)", low=2, high=255)
+    max_subclasses: int | None = option(None, "in all (255; embedded: images)", low=2, high=IGNORE)
     supervised_iterations: int | None = option(None, "stage 1 (a quarter of --iterations)", low=1)
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
@@ -126,9 +125,9 @@ def entropy_gate(probs: Tensor, sub_probs: Tensor, parent_of: Tensor, rule: str)
 def regularize(probs: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
     """Eq. 4, 6: F's probabilities [B, C, ...], where `gate` is True of the class `seen` alone.
 
-    Selected from afterwards, as Eq. 4 prints it; Eq. 6 has S around F_sub's class alone. With
-    gamma >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in another
-    class is at most one half.
+    S is of the product, as in Eq. 4; Eq. 6's S(p*) p would let every one-hot cell pass. With gamma
+    >= 0.5 this never changes a pseudo label, it can only veto one: F's confidence in another class
+    is at most one half.
     """
     is_seen = F.one_hot(seen, probs.shape[1]).movedim(-1, 1)
     return torch.where(gate.unsqueeze(1), is_seen * probs, probs)
@@ -189,7 +188,7 @@ class USRN(nn.Module):
 
     def classify(self, model: nn.Module, low: Tensor, high: Tensor, labeled: int, size) -> tuple:
         z = model.decode(low, high)
-        cells = F.avg_pool2d(z[labeled:], model.cell)
+        cells = F.avg_pool2d(z[labeled:], model.cell)  # without an odd border, unlike stage 2's
         return resize(model.classifier(z[:labeled]).float(), size), model.classifier(cells).float()
 
 
@@ -221,7 +220,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
     images, size = views["labeled"], len(views["labeled"])
     if "OST" in parts:  # batch norm sees labeled and weak images together, strong ones apart
         images = torch.cat([images, views["weak"]])
-    subclassed = size * (("MSL" in parts) + ("USR" in parts))  # labeled images; weak ones, too
+    subclassed = size * (("MSL" in parts) + ("USR" in parts))  # of labeled, then weak images
     logits, logits_weak, sub_logits, sub_logits_weak = network(images, size, subclassed)
 
     loss = supervised_loss(logits, views["label"], config.ohem)
@@ -244,8 +243,8 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
             if "EGM" in parts:
                 gate, seen = entropy_gate(probs, sub_probs, parent_of, config.gate)
             regularized = regularize(probs, seen, gate)  # Eq. 4, 6
-        # Where the gate is closed, F's own label stays: by Section 1 only F_sub's teaching stops.
-        # By Eq. 3 and 6 such a cell would not be learned from.
+        # Where the gate is closed, F's own label stays: by Section 3.3 confident predictions of F
+        # are not to be regularized. By Eq. 3 and 6 such a cell would not be learned from.
         pseudo_label, used = select(regularized, threshold)
         used, vetoed = used & valid, confident & valid & ~used
     terms["loss_unsup"] = weighted_loss(logits_strong, pseudo_label, used, num_cells)  # Eq. 7
@@ -364,8 +363,9 @@ def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
     far = 2 * clusters * float(cost.max()) or 1.0  # longer than any path
     while True:
         sizes = np.array([len(rows) for rows in members])
-        leave = far * ((sizes <= smallest) * 1.0 - (sizes > largest))  # -: a point must go
-        enter = far * ((sizes >= largest) * 1.0 - (sizes < smallest))  # -: one must come
+        # Ends of a path: 0 where a point may go or come, -far where it must, far where it must not.
+        leave = far * ((sizes <= smallest) * 1.0 - (sizes > largest))
+        enter = far * ((sizes >= largest) * 1.0 - (sizes < smallest))
         distance, before = shortest_paths(edge, leave, 1e-12 * far)
         b = int((distance + enter).argmin())
         if distance[b] + enter[b] > -1e-11 * far:  # all prefer where they are at these prices
@@ -409,10 +409,10 @@ def subclass_counts(pixels: Tensor, most: int) -> Tensor:
 
     Clusters are as large as the smallest class or, if these are too many, as large as `most` asks.
     """
-    for size in itertools.count(int(pixels[pixels > 0].min())):
-        counts = (pixels.double() / size).round().clamp(min=1).long()
-        if counts.sum() <= most:
-            return counts
+    size = int(pixels[pixels > 0].min())
+    while (counts := (pixels.double() / size).round().clamp(min=1).long()).sum() > most:
+        size += 1
+    return counts
 
 
 @torch.backends.cudnn.flags(enabled=True)  # benchmark=False: it would start anew for every size
@@ -484,9 +484,9 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
     """Stages 1 and 2, or what they left: parents int64 [K], and `data` labeled with subclasses."""
     folder, steps = Path(config.output) / "subclasses", config.supervised_iterations
     record = folder / "subclasses.json"
-    files = [folder / f"{k:05}_{sample.name}.png" for k, sample in enumerate(data.labeled)]
+    files = [folder / f"{k:05}_{sample.name[:60]}.png" for k, sample in enumerate(data.labeled)]
     if not all(file.is_file() for file in (record, *files)):
-        options = {name: getattr(Config, name) for name in LATER}  # one stage 1 serves all of them
+        options = {name: getattr(Config, name) for name in STAGE_3_OPTIONS}
         options |= {"iterations": steps, "eval_every": steps, "model": "baseline",
                     "save_every": config.save_every or config.eval_every,
                     "output": str(folder.with_name("supervised"))}
@@ -495,14 +495,14 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 write_json(record, make_subclasses(model, data, files, device, config))
-    with reading(record):
-        made = json.loads(record.read_text())
-        parent_of = torch.tensor(made["parent_of"])
+    made = read_json(record)
+    parent_of = torch.tensor(made["parent_of"])
     require((made["clustering"], made["most"]) == (config.clustering, config.max_subclasses),
             f"{folder} is of other --clustering or --max-subclasses: take another --output")
     labeled = [Sample(sample.image, str(file.resolve()))
                for sample, file in zip(data.labeled, files)]
-    info = replace(data.info, classes=tuple(map(str, range(len(parent_of)))))
+    classes = [f"{data.info.classes[parent]}, {k}" for k, parent in enumerate(made["parent_of"])]
+    info = replace(data.info, classes=tuple(classes))  # for the warning of empty ones
     return parent_of.to(device), replace(data, labeled=labeled, info=info)
 
 
@@ -571,7 +571,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
 def run_stages(config: Config) -> None:
     _, _, device = init_distributed(config.device)
     data = load_data(config)
-    classes, most = data.info.num_classes, MOST_SUBCLASSES
+    classes, most = data.info.num_classes, IGNORE  # 0 to 254: what label maps can hold
     if data.info.embedded:  # smaller clusters are patches of images: Eq. 5 runs away, .docs/usrn.md
         most = min(max(classes, len(data.labeled)), most)
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),

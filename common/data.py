@@ -146,7 +146,7 @@ class DataOptions:
     classes: str | None = option(None, "of folder: a file with a class a line, or a,b,c")
     labeled: str | None = option(None, "labeled images: a published list (92, 1/16, u2pl_1/16, "
                                        "usrn_331, ...; see common/splits.tsv), or of ours (shapes: "
-                                       "12, 24, 48; lucchi: 5, 10, 20; camvid: any), or all")
+                                       "12, 24, 48; lucchi, camvid: any), or all")
     split_seed: int | None = option(None, "or draw so many at random, with every class", low=0)
     labeled_list: str | None = option(None, "or a file: an id, or image and mask path, a line")
     unlabeled_list: str | None = option(None, "likewise; without it the full training list is used")
@@ -167,8 +167,8 @@ class DataOptions:
 SPLITS = Path(__file__).with_name("splits.tsv")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")  # VOC's masks are in either
-SPLIT_NAMES = ("train", "val", "tune")
 CAMVID_LISTS = {"train": "train.txt", "val": "test.txt", "tune": "val.txt"}  # val is one sequence
+CAMVID_MASKS = ("trainannot", "testannot", "valannot")
 UNPACKED = {  # pictures, and how many there are
     ("cityscapes", "train"): ("leftImg8bit/train/*/*_leftImg8bit.png", 2975),
     ("cityscapes", "val"): ("leftImg8bit/val/*/*_leftImg8bit.png", 500),
@@ -250,18 +250,15 @@ def published_list(dataset: str, name: str, root: Path, download: bool) -> Path:
     repository, commit = source["repository"], source["commit"]
     path = root / "splits" / repository.replace("/", "_") / commit[:10] / source["path"]
     url = f"https://raw.githubusercontent.com/{repository}/{commit}/{source['path']}"
-    if path.is_file():
-        with reading(path):
-            content, where = path.read_bytes(), path
-    else:
-        require(download, f"no list at {path}: --download fetches it from {url}, or give your own "
-                          f"--labeled-list and --unlabeled-list")
-        with reading(url), urllib.request.urlopen(url, timeout=60) as response:
-            content, where = response.read(), url
+    known = path.is_file()
+    require(known or download, f"no list at {path}: --download fetches it from {url}; training "
+                               f"takes a list of your own as well, --labeled-list")
+    with reading(where := path if known else url):
+        content = path.read_bytes() if known else urllib.request.urlopen(url, timeout=60).read()
     require(hashlib.sha256(content).hexdigest() == source["sha256"],
             f"{where} is not the published list of {source['lines']} images (SHA-256 "
-            f"{source['sha256'][:12]}…): delete it and fetch it again")
-    if where == url:
+            f"{source['sha256'][:12]}…): fetch it again")
+    if not known:
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path
 
@@ -312,7 +309,8 @@ def voc_is_there(folder: Path) -> bool:
     """Whether VOC is unpacked, to the last mask of its own lists."""
     ids = folder / "ImageSets" / "Segmentation" / "trainval.txt"
     listed = {f"{name}.png" for name in (ids.read_text().split() if ids.is_file() else ())}
-    return (folder / "JPEGImages").is_dir() and listed <= names_in(folder / "SegmentationClass")
+    masks = frozenset().union(*(names_in(folder / masks) for masks in MASK_FOLDERS))
+    return (folder / "JPEGImages").is_dir() and listed <= masks
 
 
 def official_list(name: str, root: Path, split: str) -> list[Sample]:
@@ -427,9 +425,9 @@ def random_split(samples: list[Sample], root: Path, num_classes: int, labeled: s
 
 def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, full):
     """The labeled images: a list of the user, drawn from `full`, published, or from `train`."""
-    labeled = options.labeled or info.default_labeled
-    seed = None if options.labeled == "all" else options.split_seed
+    labeled, seed = options.labeled or info.default_labeled, options.split_seed
     published, ours = published_lists(info.name), root / "ImageSets" / "Segmentation"
+    lists = {path.stem.removeprefix("labeled_"): path for path in ours.glob("labeled_*.txt")}
     if options.labeled_list:
         return read_list(Path(options.labeled_list), root)
     if info.name == "folder":
@@ -444,14 +442,14 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
         return train
     if labeled in published:
         return read_list(published_list(info.name, labeled, root, options.download), root)
-    if info.name == "camvid":
-        say("labeled images: at equal distances in train.txt, a choice of ours")
-        count = images_asked_for(labeled, len(train))
-        return [train[int((place + 0.5) * len(train) / count)] for place in range(count)]
-    lists = {path.stem.removeprefix("labeled_"): path for path in ours.glob("labeled_*.txt")}
-    require(labeled in lists, f"{info.name} has no labeled list {labeled}: --labeled takes "
-                              f"{', '.join([*published, *lists])} or all, --labeled-list your own")
-    return read_list(lists[labeled], root)
+    if labeled in lists:
+        return read_list(lists[labeled], root)
+    require(info.name in ("camvid", "lucchi"),
+            f"{info.name} has no labeled list {labeled}: --labeled takes "
+            f"{', '.join([*published, *lists])} or all, --labeled-list your own")
+    say("labeled images: at equal distances in train.txt, a choice of ours")
+    count = images_asked_for(labeled, len(train))
+    return [train[int((place + 0.5) * len(train) / count)] for place in range(count)]
 
 
 def load_data(options: DataOptions) -> Data:
@@ -463,9 +461,10 @@ def load_data(options: DataOptions) -> Data:
     scale = (1 / options.resize, options.resize) if options.resize else info.scale
     info = replace(info, scale=scale, photometry=info.photometry.scaled(options.photometry))
     name, root = info.name, Path(options.data_root or f"data/{info.name}")
-    labeled_name = options.labeled or info.default_labeled
     require(not options.labeled_list or options.labeled is None and options.split_seed is None,
             "--labeled-list says which images are labeled: leave --labeled and --split-seed out")
+    if options.labeled == "all":  # nothing is drawn
+        options = replace(options, split_seed=None)
     names_in.cache_clear()
     with main_first():
         if info.embedded:
@@ -478,7 +477,7 @@ def load_data(options: DataOptions) -> Data:
         if name == "folder":
             (train, val), tune = folder_lists(root), []
         else:
-            train, val, tune = [official_list(name, root, split) for split in SPLIT_NAMES]
+            train, val, tune = [official_list(name, root, split) for split in CAMVID_LISTS]
         full = train
         if options.unlabeled_list:
             full = read_list(Path(options.unlabeled_list), root)
@@ -494,6 +493,7 @@ def load_data(options: DataOptions) -> Data:
     unlabeled = [sample for sample in full if sample.image not in taken]
     if not info.embedded or not all(sample.mask for sample in unlabeled):
         unlabeled = [Sample(sample.image, None) for sample in unlabeled]
+    labeled_name = options.labeled or info.default_labeled
     if options.labeled_list:
         labeled_name = Path(options.labeled_list).stem
     random = "" if options.split_seed is None else f"_random{options.split_seed}"
@@ -584,16 +584,17 @@ def is_turned(path: Path) -> bool:
 def open_mask(path: Path, num_classes: int) -> np.ndarray:
     """uint8 [H, W] of class indices and 255. Raises UserError for any other label."""
     with opened(path) as image:
-        require(image.format not in ("JPEG", "MPO"), f"{path} is a JPEG file, which invents labels "
+        lossy = "JPEG" in (image.format, image.info.get("compression", "").upper())  # TIFF's, too
+        require(not lossy and image.format != "MPO", f"{path} is a JPEG file, which invents labels "
                                                      f"at edges: save masks as PNG")
         stored = re.search("'L;([24])'", str(image.tile))  # bits, which Pillow stretches to 0..255
         mask = np.array(image)
         require(mask.ndim == 2, f"the mask {path} is no picture of class indices but {image.mode}")
-    if stored:
-        mask = mask // (255 // (2 ** int(stored[1]) - 1))
-    if path.name.endswith("_gtFine_labelIds.png"):
-        mask = FROM_LABEL_ID[mask]
-    if path.parent.name.endswith("annot"):  # SegNet's void is the label after the last class
+        if stored:
+            mask = mask // (255 // (2 ** int(stored[1]) - 1))
+        if path.name.endswith("_gtFine_labelIds.png"):
+            mask = FROM_LABEL_ID[mask]
+    if path.parent.name in CAMVID_MASKS:  # SegNet's void is the label after the last class
         mask[mask == num_classes] = IGNORE
     known = (mask >= 0) & (mask < num_classes) & (mask % 1 == 0) | (mask == IGNORE)
     require(bool(known.all()),

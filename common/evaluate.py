@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from common import medical
 from common.augment import IGNORE, normalize
 from common.data import Data, DataOptions, EvaluationSet, dataset_info, load_data, make_loader
-from common.figures import plot_calibration, read_lines, sample_grid
-from common.runtime import (all_reduce_sum, average_buffers, init_distributed, parse, rank,
-                            read_checkpoint, read_json, reading, require, run_main, say, world_size,
-                            write_json)
+from common.figures import plot_calibration, sample_grid
+from common.runtime import (Parser, all_reduce_sum, average_buffers, init_distributed, parse, rank,
+                            read_checkpoint, read_json, read_metrics, reading, require, run_main,
+                            say, world_size, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 CLAIMS = ROOT / ".docs/claims.tsv"
@@ -229,12 +229,14 @@ def load_predictor(path: str | Path, device: torch.device | str, changes: dict |
         require(method in known,
                 f"{path} is of the method {method!r}: known are {', '.join(known)}")
         script = importlib.import_module(method)
-        for name, value in (changes or {}).items():
+        changes, argv = changes or {}, []
+        for name, value in changes.items():
             require(name in config, f"{path}: {method} has no option {name!r}")
             flag, value = name.replace("_", "-"), str(value)
             flags = {"true": f"--{flag}", "false": f"--no-{flag}"}
-            options = parse(script.Config, argv=[flags.get(value.lower(), f"--{flag}={value}")])
-            config[name] = getattr(options, name)
+            argv.append(flags.get(value.lower(), f"--{flag}={value}"))
+        options = vars(parse(script.Config, argv=argv))  # together: a folder needs its classes
+        config |= {name: options[name] for name in changes}
         info = medical.DATASETS.get(config["dataset"])
         info = info or dataset_info(config["dataset"], config.get("classes"))
         state = checkpoint.get("ema") or checkpoint["model"]
@@ -358,7 +360,7 @@ def quantity(run: Path, name: str) -> float | None:
         name = name or ("dice" if "dice" in found else "miou")
         if name in found or file:
             return found.get(name)
-        lines = read_lines(run)
+        lines = read_metrics(run)
         begin = 2 / 3 * lines[-1]["iteration"]
         values = [line.get(name) for line in lines if line["iteration"] > begin]
     values = [value for value in values if value is not None]
@@ -408,15 +410,9 @@ def report(results: dict) -> str:
     return "\n".join(lines)
 
 
-def warn_of_other_lists(config: dict, digest: str) -> None:
-    if config.get("lists") not in (None, digest):
-        say("warning: the lists of images are not those of the training: what is scored may have "
-            "been learned from")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m common.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m common.evaluate", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, help="best.pt or latest.pt of a run")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of these runs")
@@ -436,6 +432,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     parser.add_argument("--num-workers", type=int, help="processes that read images, per rank")
     args = parser.parse_args()
+    require((args.num_workers or 0) >= 0, "--num-workers must be >= 0")
     if args.table:
         return print(table_of_runs(args.table, args.per_class))
     if args.claims:
@@ -448,30 +445,29 @@ def main() -> None:
     network, config, info = load_predictor(args.checkpoint, device, changes)
     results = {"checkpoint": str(args.checkpoint), "split": args.split,
                "set": {name: config[name] for name in changes}}
-    if isinstance(info, medical.VolumeInfo):
-        require(not args.mode and not args.figure and args.threshold is None,
-                "--mode, --threshold and --figure are for images, not for volumes")
-        options = data_options(config, medical.VolumeOptions)
-        require(args.split != "unlabeled" or info.embedded,
-                f"{info.name} has no unlabeled volumes with labels")
-        data = medical.load_volumes(dataclasses.replace(options, lists=None))
-        warn_of_other_lists(config, data.digest)
+    of_volumes = isinstance(info, medical.VolumeInfo)
+    require(not of_volumes or not args.mode and not args.figure and args.threshold is None,
+            "--mode, --threshold and --figure are for images, not for volumes")
+    require(of_volumes or not args.released_empty, "--released-empty is for volumes, not images")
+    load, options_class = ((medical.load_volumes, medical.VolumeOptions) if of_volumes else
+                           (load_data, DataOptions))
+    data = load(dataclasses.replace(data_options(config, options_class), lists=None))
+    if config.get("lists") not in (None, data.digest):
+        say("warning: the lists of images are not those of the training: what is scored may have "
+            "been learned from")
+    if of_volumes:
         files = getattr(data, args.split)
-        require(bool(files), f"{info.name} has no {args.split} list")
+        require(bool(files) and (args.split != "unlabeled" or info.embedded),
+                f"{info.name} has no {args.split} list of volumes with labels")
         results["released_empty"] = args.released_empty
         results |= medical.evaluate_volumes(network, files, info, config["crop"], device,
                                             args.released_empty)
-        text = medical.report(results)
     else:
-        require(not args.released_empty, "--released-empty is for volumes, not for images")
-        data = load_data(dataclasses.replace(data_options(config), lists=None))
-        warn_of_other_lists(config, data.digest)
         results["threshold"] = args.threshold
         results |= evaluate(network, data, args.split, config["crop"], device, args.num_workers,
                             args.threshold, args.mode)
-        text = report(results)
     if rank() == 0:
-        print(text)
+        print((medical.report if of_volumes else report)(results))
         if args.output:
             write_json(args.output, results)
         if args.figure:

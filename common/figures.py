@@ -7,8 +7,6 @@ Images are uint8. Arrays and CPU tensors are both fine. Files appear whole or no
 if one cannot be written.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.augment import IGNORE
-from common.runtime import read_json, reading, require, run_main, write_atomically
+from common.runtime import (Parser, read_json, read_metrics, require, run_main,
+                            write_atomically)
 
 Palette = Sequence[tuple[int, int, int]]  # RGB of the classes
 
@@ -306,13 +305,8 @@ def plot_landscape(curves: dict[str, list[dict]], labels: dict[str, str], path: 
 # ---------------------------------------------------------------- command line
 
 
-def read_lines(folder: Path) -> list[dict]:
-    with reading(folder / "metrics.jsonl"):
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def main():
-    parser = argparse.ArgumentParser(prog="python -m common.figures", description="Draw a run.")
+    parser = Parser(prog="python -m common.figures", description="Draw a run.")
     parser.add_argument("runs", type=Path, nargs="+", help="folder with metrics.jsonl or "
                         "landscape.json; several: DAW's Figure 4, into the first one")
     folder, *others = parser.parse_args().runs
@@ -321,7 +315,7 @@ def main():
         plot_landscape(curves, labels, folder / "landscape.png")
         if not others and not (folder / "metrics.jsonl").is_file():
             return
-    runs = {run: read_lines(run) for run in (folder, *others)}
+    runs = {run: read_metrics(run) for run in (folder, *others)}
     if others:
         for run, lines in runs.items():
             require(any("t_star" in line for line in lines), f"{run} has no t_star to compare")

@@ -209,7 +209,8 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
         require(file.path.is_file(), f"{file.path} is listed but missing")
     scored, learned = ([file.path for file in part] for part in (val + test, labeled + unlabeled))
     copies = copies_of(scored, learned)
-    require(not copies, f"{[*copies][:1]} is of val or test, too, under another name: remove one")
+    first = min(copies, default=None)
+    require(not copies, f"{first} is of val or test, too, under another name: remove one")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
     data = VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
     require(options.lists in (None, data.digest),
@@ -401,6 +402,7 @@ def evaluate_volumes(network: nn.Module, files: list[VolumeFile], info: VolumeIn
     network.train(training)
     total = all_reduce_sum(torch.from_numpy(table).to(device)).cpu().numpy()
     scores, voxels = total[..., :-2], total[..., -2:]
+    require(bool(voxels[..., 1].any()), "no volume of the evaluated list shows a class but 0")
     is_empty = (voxels == 0).any(axis=2)
     if released_empty:
         scores[is_empty] = RELEASED_EMPTY

@@ -24,8 +24,8 @@ from common.data import PICTURES, TO_LABEL_ID, DatasetInfo, open_image
 from common.evaluate import MODES, Predict, change, class_probabilities, load_predictor
 from common.figures import overlay, save_indexed_png, save_png
 from common.medical import VolumeInfo, min_max, read_volume, segment_volume, turn, write_volume
-from common.runtime import (UserError, explain, init_distributed, reading, require, run_main,
-                            write_atomically)
+from common.runtime import (Parser, UserError, explain, init_distributed, reading, require,
+                            run_main, write_atomically)
 
 VOLUMES = (".npz", ".nii", ".nii.gz")
 
@@ -86,18 +86,12 @@ def predict_picture(predict: Predict, source: Path, targets: list[Path], info: D
 
 def predict_volume(predict: Predict, source: Path, target: Path, info: VolumeInfo, size: int,
                    device: torch.device) -> None:
+    """Write .npz: image and labels; NIfTI: labels, uint8, on the image's grid, with its affine."""
     require(source.name.lower().endswith(VOLUMES), f"{source} is no volume ({' '.join(VOLUMES)})")
-    if source.suffix.lower() != ".npz":
-        predict_nifti(predict, source, target, info, size, device)
-        return
-    volume = read_volume(source, with_label=False)
-    label = segment_volume(predict, volume.image, size, device)
-    write_volume(target, dataclasses.replace(volume, label=label))
-
-
-def predict_nifti(predict: Predict, source: Path, target: Path, info: VolumeInfo, size: int,
-                  device: torch.device) -> None:
-    """Write labels, uint8, on the grid of the image and with its affine."""
+    if source.suffix.lower() == ".npz":
+        volume = read_volume(source, with_label=False)
+        label = segment_volume(predict, volume.image, size, device)
+        return write_volume(target, dataclasses.replace(volume, label=label))
     with reading(source):
         import nibabel
 
@@ -122,8 +116,8 @@ def predict_nifti(predict: Predict, source: Path, target: Path, info: VolumeInfo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m common.predict", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m common.predict", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="pictures or volumes, or their folders")
     parser.add_argument("--checkpoint", required=True, help="best.pt or latest.pt of a run")
     parser.add_argument("--output", type=Path, default=Path("segmented"), help="folder of results")

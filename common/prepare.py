@@ -6,9 +6,10 @@
     python -m common.prepare acdc --root data/acdc --source ACDC    # -> volumes/ and lists/
     python -m common.prepare mscmrseg | prostate ...                # likewise
 
-A mask or volume that is there is kept, so the same command goes on where it was stopped; delete a
-file to have it made again. Lists come last: a folder with lists is whole. The packages pycocotools,
-scipy, h5py and nibabel are imported inside `reading`, whose message then names a missing one.
+A mask or volume that is there is kept (Lucchi's are not), so the same command goes on where it was
+stopped; delete a file to have it made again. Lists come last: a folder with lists is whole. The
+packages pycocotools, scipy, h5py and nibabel are imported inside `reading`, whose message then
+names a missing one.
 """
 
 import glob
@@ -64,8 +65,7 @@ def prepare_coco(source: Path, root: Path) -> None:
             mask = root / "masks" / split / f"{image['id']:012}.png"
             if not mask.is_file():
                 with reading(path):
-                    label = label_map(coco, image, ids)
-                save_png(Image.fromarray(label), mask)
+                    save_png(Image.fromarray(label_map(coco, image, ids)), mask)
 
 
 def label_map(coco, image: dict, ids: list[int]) -> np.ndarray:
@@ -96,6 +96,7 @@ def prepare_sbd(source: Path, root: Path, download: bool) -> None:
     if download and not (target / "cls").is_dir():
         with reading(SBDataset.url):
             SBDataset(str(target), mode="segmentation", download=True)
+    source = target if download else source
     paths = [path for path in files_below(source) if path.match("cls/*.mat")]
     require(len(paths) > 0, f"no cls/*.mat below {source}: --download fetches SBD")
     for path in with_progress(paths, "masks of SBD"):
@@ -107,21 +108,16 @@ def prepare_sbd(source: Path, root: Path, download: bool) -> None:
 
             label = loadmat(path)["GTcls"]["Segmentation"][0, 0]
             require(label.max() <= 20, f"{path} holds the class {label.max()}, VOC has 0 to 20")
-            picture = Image.fromarray(label.astype(np.uint8))
-        save_png(picture, mask)
+            save_png(Image.fromarray(label.astype(np.uint8)), mask)
 
 
 def prepare_lucchi(source: Path, root: Path) -> None:
-    """EPFL's {training,testing}{,_groundtruth}.tif -> pictures and lists in VOC's layout.
-
-    DAW trains on 5, 10 and 20 labeled slices of 165 and does not say which. Ours lie at equal
-    distances in the stack, as neighbours are nearly the same picture.
-    """
+    """EPFL's {training,testing}{,_groundtruth}.tif -> pictures and lists in VOC's layout."""
     lists = {}
     for split, stack in (("val", "testing"), ("train", "training")):
         images = read_stack(source / f"{stack}.tif")
         labels = read_stack(source / f"{stack}_groundtruth.tif")
-        require(images.shape == labels.shape and len(np.unique(labels)) <= 2,
+        require(images.shape == labels.shape and {*np.unique(labels)} <= {0, labels.max()},
                 f"{source}: {stack}_groundtruth.tif has another size than {stack}.tif, or other "
                 f"values than 0 and 255")
         names = [f"{split}_{number:03}" for number in range(len(images))]
@@ -130,10 +126,6 @@ def prepare_lucchi(source: Path, root: Path) -> None:
             save_png(Image.fromarray(image), root / "JPEGImages" / f"{name}.png")
             save_png(Image.fromarray(mask), root / "SegmentationClass" / f"{name}.png")
         lists[split] = [f"JPEGImages/{name}.png SegmentationClass/{name}.png" for name in names]
-    train = lists["train"]
-    for count in (5, 10, 20):
-        middles = (np.arange(count) + 0.5) * len(train) / count
-        lists[f"labeled_{count}"] = [train[int(middle)] for middle in middles]
     for name, lines in lists.items():
         write_lines(root / "ImageSets" / "Segmentation" / f"{name}.txt", lines)
 

@@ -102,13 +102,17 @@ def explain(error: Exception) -> str | None:
 
 
 def complain(line: str) -> None:
-    """To stderr; under torchrun once for all ranks, and below the launcher's own report."""
+    """To stderr; under torchrun once for a node's ranks, and below the launcher's own report."""
     launcher, run = os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID")
-    if run is None or not hasattr(os, "pidfd_open"):
+    try:
+        ended = os.pidfd_open(launcher) if run else None
+    except (AttributeError, OSError):  # not Linux, or a container that forbids it
+        ended = None
+    if ended is None:
         print(line, file=sys.stderr, flush=True)
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends ranks after the first
-    ended, speaker = os.pidfd_open(launcher), socket.socket(socket.AF_UNIX)
+    speaker = socket.socket(socket.AF_UNIX)
     try:
         speaker.bind(f"\0{run} {launcher}")  # a name for one process and what it forks
     except OSError:
@@ -150,9 +154,9 @@ class RunOptions:
     tensorboard: bool = option(False, "TensorBoard events as well (package tensorboard)")
 
 
-# A run may be resumed with other values of these.
+# A run may be resumed with other values of these; --lr and --weights: see `check_options`.
 RESUMABLE = {field.name for field in dataclasses.fields(RunOptions)} - {"eval_split"}
-RESUMABLE |= {"data_root", "download", "weights", "lr"}  # lr, amp: for a run that has diverged
+RESUMABLE |= {"data_root", "download"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -201,6 +205,8 @@ def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]
     """(rank, world size, device). Joins torchrun's process group: nccl on GPUs, gloo on CPUs."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     require(re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device takes cpu or cuda, not {name!r}")
+    require(":" not in name or "RANK" not in os.environ,
+            f"--device {name} is one GPU: torchrun gives each rank its own with --device cuda")
     if name.startswith("cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
         gpus = torch.cuda.device_count()
@@ -311,7 +317,7 @@ def reading(path: str | Path):
     """Around reading one file: whatever a damaged or missing one raises becomes a UserError."""
     try:
         yield
-    except UserError:
+    except (UserError, NameError):  # not of the file: ours
         raise
     except ModuleNotFoundError as error:
         raise UserError(f"{path} needs a package: pip install {error.name}") from error
@@ -332,11 +338,11 @@ def writing(path: Path):
 
 def write_atomically(path: Path, write) -> None:
     """`write(temporary path)`, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.part")  # names end at 255 bytes
     try:
         with writing(path):
             write(temporary)
-            with open(temporary, "rb") as file:
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
     finally:
@@ -449,10 +455,16 @@ class Checkpoint:
 
     def check_options(self, checkpoint: dict) -> None:
         theirs = checkpoint["config"]
+        free = set(RESUMABLE)
+        if checkpoint["iteration"] < theirs["iterations"]:  # not of a result that is there
+            free.add("lr")
+        files = {Path(config.get("weights", "")).name for config in (self.config, theirs)}
+        if len(files) == 1:  # in another folder
+            free.add("weights")
         changed = ["other images, as its lists have changed" if name == "lists"
                    else f"--{name.replace('_', '-')} {theirs[name]}"
                    for name, value in self.config.items()
-                   if name not in RESUMABLE and name in theirs and theirs[name] != value]
+                   if name not in free and name in theirs and theirs[name] != value]
         if checkpoint["method"] != self.method:
             changed = [f"of {checkpoint['method']}.py"]
         require(not changed, f"{self.folder} holds a run with other options ({', '.join(changed)})"
@@ -463,12 +475,13 @@ class Checkpoint:
             say(f"the run had {len(states)} ranks: it goes on with fresh random augmentation")
             torch.manual_seed(self.config["seed"] + 1000 * rank() + iteration)
             return
-        cpu, cuda, self.pending = states[rank()]
+        cpu, cuda, pending = states[rank()]
+        self.pending.extend(pending)
         torch.set_rng_state(cpu)
         if cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
 
-    def save(self, iteration: int, pending: list[dict[str, Tensor]]) -> None:
+    def save(self, iteration: int) -> None:
         """latest.pt: `state`, iterations done, each rank's random generators and pending log."""
         for model in self.models:
             average_buffers(model)
@@ -477,7 +490,7 @@ class Checkpoint:
         require(bool(finite), f"the weights or statistics are not finite after iteration "
                               f"{iteration}: go on with a lower --lr, or with --no-amp")
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        pending = [{name: value.cpu() for name, value in row.items()} for row in pending]
+        pending = [{name: value.cpu() for name, value in row.items()} for row in self.pending]
         own = (torch.get_rng_state(), cuda, pending)  # loader workers need none: see common.data
         states = [own] * world_size()
         if dist.is_initialized():
@@ -559,7 +572,7 @@ class Milestones:
     def after(self, step: int) -> None:
         stopped_by, evaluates = self.stop.requested(step), self.log.evaluation_is_due(step)
         if stopped_by or evaluates or step % self.save_every == 0:
-            self.checkpoint.save(step, self.log.pending)
+            self.checkpoint.save(step)
         if stopped_by:
             self.stop.leave(step, stopped_by)
         if evaluates:
@@ -569,10 +582,10 @@ class Milestones:
         self.stop.at_once(step)
         results = self.scores()
         self.stop.saved = None
-        if self.log.is_best(results):
+        if self.log.note_evaluation(step, results):  # before results.json promises best.pt
             best = {"model": self.evaluated.state_dict(), "iteration": step}
             self.checkpoint.write("best.pt", best)
-        self.log.evaluation(step, results)
+        self.log.write_evaluation()
         if step == self.log.total:  # what follows has nothing to save
             self.stop.at_once(step)
 
@@ -598,8 +611,12 @@ class Log:
         if config["tensorboard"] and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10)
-        kept = keep_lines_until(self.folder / "metrics.jsonl", start)
+            self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10,
+                                             purge_step=start + 1)
+        path = self.folder / "metrics.jsonl"
+        kept = read_metrics(self.folder, start) if path.is_file() else []
+        if rank() == 0:  # steps after `start` will be made again
+            write_lines(path, map(json.dumps, kept))
         self.sup_losses = [line["loss_sup"] for line in kept if "loss_sup" in line]
         self.since, self.steps = time.monotonic(), 0  # for the speed
 
@@ -620,7 +637,7 @@ class Log:
         table = torch.stack([torch.stack([row.get(name, hole).to(hole) for name in names])
                              for row in self.pending])
         holes = torch.tensor([[name not in row for name in names] for row in self.pending])
-        self.pending = []
+        self.pending.clear()
         known = ~table.isnan()
         sums, counts = all_reduce_sum(torch.stack([table.where(known, 0), known])).cpu()
         losses = [column for column, name in enumerate(names) if name.startswith("loss")]
@@ -663,20 +680,21 @@ class Log:
         due = step and step % self.eval_every == 0 or step == self.total
         return due and (last is None or last["iteration"] != step)
 
-    def is_best(self, results: dict) -> bool:
-        """Asked before `evaluation`: best.pt comes first, results.json must not promise it."""
+    def note_evaluation(self, step: int, results: dict) -> bool:
+        """Keep an evaluation in `results`, not yet in a file: whether it is the best."""
         best, value = self.results["best"], results[self.metric]
         require(value is not None, "no pixel of the evaluated list has a label")
-        return best is None or value > best[self.metric]
-
-    def evaluation(self, step: int, results: dict) -> None:
-        """Keep an evaluation in metrics.jsonl and results.json."""
+        is_best = best is None or value > best[self.metric]
         last = {"iteration": step, **results}
-        best = last if self.is_best(results) else self.results["best"]
-        self.results |= {"last": last, "best": best}
-        self.append(step, {name: number for name, number in results.items()
-                           if isinstance(number, (int, float))})
-        say(f"iteration {step}: {self.metric} {results[self.metric]:.2f} "
+        self.results |= {"last": last, "best": last if is_best else best}
+        return is_best
+
+    def write_evaluation(self) -> None:
+        """The last evaluation: a line of metrics.jsonl, one on the terminal, results.json."""
+        last, best = self.results["last"], self.results["best"]
+        self.append(last["iteration"], {name: value for name, value in last.items()
+                                        if isinstance(value, (int, float))})
+        say(f"iteration {last['iteration']}: {self.metric} {last[self.metric]:.2f} "
             f"(best {best[self.metric]:.2f} at {best['iteration']})")
         self.write_results()
         self.since, self.steps = time.monotonic(), 0
@@ -687,14 +705,13 @@ class Log:
             write_json(self.folder / "results.json", {**self.results, **more})
 
 
-def keep_lines_until(path: Path, iteration: int) -> list[dict]:
-    """Drop lines of steps that will be made again, and one that a kill cut off."""
+def read_metrics(folder: Path, until: float = math.inf) -> list[dict]:
+    """metrics.jsonl up to an iteration, without a line that a kill cut off or a resume doubled."""
     kept = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            content = json.loads(line)
-            if content["iteration"] <= iteration:
-                kept[line] = content
-    if rank() == 0:
-        write_lines(path, kept)
+    with reading(folder / "metrics.jsonl"):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                content = json.loads(line)
+                if content["iteration"] <= until:
+                    kept[line] = content
     return list(kept.values())

@@ -496,7 +496,8 @@ def test_ones_own_pictures(folder, capsys):
     assert len({tuple(draw) for draw in draws}) > 1
     assert "1 to 9" in error_of(load_data, replace(folder, labeled="10"))
     assert "--labeled all" in error_of(load_data, replace(folder, split_seed=1))
-    assert load_data(replace(folder, labeled="all", split_seed=1)).labeled == data.labeled
+    whole = load_data(replace(folder, labeled="all", split_seed=1))
+    assert whole.labeled == data.labeled and whole.tag == "folder_all"
     own = str(write(root / "own.txt", [f"{data.labeled[1].image} {data.labeled[1].mask}"]))
     one = str(write(root / "one.txt", ["unlabeled/p12.png"]))
     some = load_data(replace(folder, labeled_list=own, unlabeled_list=one))
@@ -620,8 +621,16 @@ def test_masks_that_cannot_be(tmp_path):
     for value in (0.5, np.nan, -2.0, np.int32(-2), np.int32(-300)):
         picture(tmp_path / "mask.tif", np.full((4, 6), value, getattr(value, "dtype", np.float32)))
         assert "mask.tif" in error_of(open_mask, tmp_path / "mask.tif", 21)
-    Image.new("L", (8, 6)).save(tmp_path / "mask.jpg")
-    assert "PNG" in error_of(open_mask, tmp_path / "mask.jpg", 21)
+    for name, options in (("mask.jpg", {}), ("jpeg.tif", {"compression": "jpeg"})):
+        Image.new("L", (8, 6)).save(tmp_path / name, **options)
+        assert "PNG" in error_of(open_mask, tmp_path / name, 21)
+    for folder in ("trainannot", "myannot"):  # a label after the last is void in CamVid's only
+        (tmp_path / folder).mkdir()
+        picture(tmp_path / folder / "mask.png", np.full((4, 6), 21, np.uint8))
+    assert (open_mask(tmp_path / "trainannot" / "mask.png", 21) == 255).all()
+    assert "label [21]" in error_of(open_mask, tmp_path / "myannot" / "mask.png", 21)
+    picture(tmp_path / "a_gtFine_labelIds.png", np.full((4, 6), 300, np.uint16))
+    assert "cannot read" in error_of(open_mask, tmp_path / "a_gtFine_labelIds.png", 19)
 
 
 @pytest.mark.parametrize("bits", [2, 4])  # 1 and 8: above

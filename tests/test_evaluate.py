@@ -297,6 +297,9 @@ def test_changes_to_the_config(checkpoint, tmp_path):
                "data_root": "a=b"}
     changed = ev.load_predictor(path, CPU, dict(map(ev.change, words)))[1]
     assert changed == {**checkpoint["config"], **changes}
+    changes = {"dataset": "folder", "classes": ",".join(CLASSES[::-1])}
+    config, info = ev.load_predictor(path, CPU, changes)[1:]  # neither is valid alone
+    assert config["classes"] == changes["classes"] and info.name == "folder"
     for word in ("steps=1", "crop=wide", "crop=0", "labeled=", "align=2", "weighting=mine"):
         name, value = ev.change(word)
         assert name in error_of(ev.load_predictor, path, CPU, {name: value})
@@ -346,6 +349,7 @@ def test_command_for_images(checkpoint, command, data, drawn, tmp_path):
                      output, "--figure", tmp_path / "f.png", "--num-workers", 0, "--set", "crop=24")
     results = read_json(output)
     assert "warning" not in out
+    assert "--num-workers" in command("--checkpoint", path, "--num-workers", -1)[1]
     torch.save({**checkpoint, "config": checkpoint["config"] | {"lists": "other"}}, path)
     assert "lists of images are not those" in command("--checkpoint", path, "--num-workers", 0)[0]
     network = ev.load_predictor(path, CPU)[0]

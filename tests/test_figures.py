@@ -208,7 +208,7 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     for i, line in enumerate(lines[1:]):
         gradients = {name: float(values[i]) for name, values in gradient_columns(20).items()}
         line |= GAUSSIANS | gradients | {"t_star": 0.5}
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterat')  # killed
     assert run_as_program(*command)[0] == 0
     (tmp_path / "gradients.png").unlink()
     (tmp_path / "landscape.json").write_text('{"x": [{"distance": 0, "loss": 1, "miou": 5}]}')

@@ -497,6 +497,9 @@ def test_a_volume_without_label_has_no_score(tmp_path):
     write_volume(tmp_path / "bare.npz", replace(random_volume(), label=None))
     bare = (Decode(), [VolumeFile("a", "bare", tmp_path / "bare.npz")], INFO, 16, CPU)
     assert "bare.npz has no label" in error_of(medical.evaluate_volumes, *bare)
+    empty = replace(random_volume(), label=np.full_like(random_volume().label, 255))
+    write_volume(tmp_path / "bare.npz", empty)  # all empty masks agree, at a Dice of 100
+    assert "no volume" in error_of(medical.evaluate_volumes, *bare)
 
 
 def test_pictures_are_of_middle_slices(scored, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from common import data, prepare
-from common.data import DATASETS
+from common.data import DATASETS, DataOptions, Sample, load_data
 from common.medical import read_volume
 from programs import error_of
 
@@ -218,6 +218,12 @@ def lucchi(tmp_path) -> Path:
     return tmp_path
 
 
+def tiff_of_ones_and_twos(root: Path) -> bytes:
+    pages = [Image.fromarray(page // 255 + 1) for page in stack_of(4)[1]]
+    pages[0].save(root / "other.tif", save_all=True, append_images=pages[1:])
+    return (root / "other.tif").read_bytes()
+
+
 def test_slices_and_lists_of_lucchi(lucchi, tmp_path):
     root = tmp_path / "out"
     convert("lucchi", "--root", root, "--source", lucchi)
@@ -226,11 +232,11 @@ def test_slices_and_lists_of_lucchi(lucchi, tmp_path):
             name = f"{split}_{number:03}.png"
             assert np.array_equal(pixels(root / "JPEGImages" / name), image)
             assert np.array_equal(pixels(root / "SegmentationClass" / name), label // 255)
-    lines = (root / LISTS / "labeled_5.txt").read_text().splitlines()  # 21 / 5 apart
-    assert lines == [f"JPEGImages/train_{number:03}.png SegmentationClass/train_{number:03}.png"
-                     for number in (2, 6, 10, 14, 18)]
-    sizes = {path.stem: len(path.read_text().splitlines()) for path in (root / LISTS).iterdir()}
-    assert sizes == {"train": 21, "val": 4, "labeled_5": 5, "labeled_10": 10, "labeled_20": 20}
+    data = load_data(DataOptions(dataset="lucchi", data_root=str(root), labeled="5"))
+    assert data.labeled == [Sample(f"JPEGImages/train_{number:03}.png",
+                                   f"SegmentationClass/train_{number:03}.png")
+                            for number in (2, 6, 10, 14, 18)]  # 21 / 5 apart
+    assert (len(data.unlabeled), len(data.val), data.tag) == (16, 4, "lucchi_5")
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
@@ -238,6 +244,7 @@ def test_slices_and_lists_of_lucchi(lucchi, tmp_path):
     ("training.tif", lambda root: (root / "training.tif").read_bytes()[:9000], "training.tif"),
     ("testing_groundtruth.tif", lambda root: (root / "training.tif").read_bytes(), "another size"),
     ("training_groundtruth.tif", lambda root: (root / "training.tif").read_bytes(), "other values"),
+    ("testing_groundtruth.tif", lambda root: tiff_of_ones_and_twos(root), "other values"),
 ])
 def test_stacks_that_cannot_be_used(lucchi, name, content, words):
     (lucchi / name).write_bytes(content(lucchi))

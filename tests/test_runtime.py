@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ class Config(RunOptions):
     share: float = option(0.5, "of pixels", low=0, below=1)
     width: float = option(2.0, "of a network", high=8)
     lists: str | None = option(None, "of images")
+    weights: str = option("default", "of the encoder")
     seed: int = option(0, "of everything")
 
 
@@ -125,6 +127,8 @@ def test_one_process_is_a_group_of_one(monkeypatch):
         assert f"'{name}'" in error_of(runtime.init_distributed, name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "cuda:2: 2 GPUs" in error_of(runtime.init_distributed, "cuda:2")
+    monkeypatch.setenv("RANK", "0")  # each rank would take the same GPU
+    assert "cuda:1 is one GPU" in error_of(runtime.init_distributed, "cuda:1")
     assert runtime.cutmix_partner(torch.tensor([7, 8, 9])).tolist() == [9, 7, 8]
     assert runtime.cutmix_partner(torch.tensor([7])).tolist() == [7]
     assert runtime.mean_over_ranks(torch.tensor(3)) == 3
@@ -203,7 +207,7 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
             of_one = torch.tensor(math.nan if rank else step)  # the other has nothing to count
             means = run.log.step(step, {"loss": loss, "of_one": of_one})
         run.log.write(2, means)
-        run.checkpoint.save(2, run.log.pending)
+        run.checkpoint.save(2)
         expected = torch.rand(4)
         return means, Run(tmp_path / "run").first, torch.equal(torch.rand(4), expected)
 
@@ -268,7 +272,7 @@ def test_ema_equals_its_closed_form():
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "runs" / "file.pt"
+    path = tmp_path / "runs" / ("f" * 252 + ".pt")  # the longest name that there may be
     write_atomically(path, lambda temporary: torch.save("old", temporary))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # fails like a full disk
@@ -280,7 +284,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(ZeroDivisionError):  # half written
         write_atomically(path, lambda temporary: temporary.write_text("new") / 0)
-    assert torch.load(path) == "old" and os.listdir(path.parent) == ["file.pt"]
+    assert torch.load(path) == "old" and os.listdir(path.parent) == [path.name]
     with open(path, "rb") as reader:  # one who reads keeps the old file, whole
         write_atomically(path, lambda temporary: torch.save("new", temporary))
         assert torch.load(reader) == "old" and torch.load(path) == "new"
@@ -303,6 +307,14 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
         assert str(path) in line and "weights_only" not in line  # PyTorch advises to trust it
 
 
+def test_a_line_is_said_where_the_launcher_cannot_be_watched(monkeypatch, capfd):
+    forbidden = mock.Mock(side_effect=PermissionError)  # as by a container's rules
+    monkeypatch.setattr(os, "pidfd_open", forbidden)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    runtime.complain("error: no list")
+    assert capfd.readouterr().err == "error: no list\n" and forbidden.called
+
+
 def test_reading_names_the_file_and_the_reason():
     def read(error: Exception) -> None:
         with runtime.reading("a.png"):
@@ -311,6 +323,8 @@ def test_reading_names_the_file_and_the_reason():
     assert error_of(read, ValueError("bad\nof 8 bytes")) == "cannot read a.png: bad"
     assert error_of(read, EOFError()) == "cannot read a.png: EOFError"
     assert error_of(read, UserError("label 7 of b.png")) == "label 7 of b.png"  # says it better
+    with pytest.raises(NameError):  # not the file's fault
+        read(NameError("tensr"))
 
 
 # ---------------------------------------------------------------- checkpoints and the log
@@ -321,7 +335,8 @@ class Run:
 
     def __init__(self, folder, method="daw", **options):
         self.config = Config(**{"output": str(folder), "lr": 0.1, "crop": 33, "save_every": 5,
-                                "eval_every": 10, "log_every": 10} | options)
+                                "eval_every": 10, "log_every": 10,
+                                "weights": f"{folder}.pth"} | options)
         torch.manual_seed(0)
         self.folder, self.model = folder, nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         self.ema = runtime.make_ema(self.model)
@@ -347,7 +362,7 @@ class Run:
             if means := self.log.step(step, {"loss": loss}):
                 self.log.write(step, means)
             if step == until and not evaluates:
-                self.checkpoint.save(step, self.log.pending)
+                self.checkpoint.save(step)
             else:
                 self.milestones.after(step)
         return self
@@ -381,7 +396,8 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
 @pytest.mark.parametrize("options, named", [
     ({"share": 0.2}, "--share 0.5"), ({"eval_split": "tune"}, "--eval-split val"),
     ({"crop": None}, "--crop 33"), ({"method": "usrn"}, "daw.py"),
-    ({"lists": "0123abc"}, "lists have changed")])
+    ({"lists": "0123abc"}, "lists have changed"), ({"weights": "none"}, "--weights"),
+    ({"lr": 0.2}, "--lr 0.1")])  # the run is finished: nothing would be learned with it
 def test_a_folder_with_another_run_is_refused(options, named, whole):
     before = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
     line = error_of(Run, whole.folder, **options)
@@ -394,7 +410,7 @@ def test_checkpoints_that_cannot_go_on_as_they_are(tmp_path, capsys):
     for values in (run.model[0].bias.data, run.model[1].running_var):
         kept = values.clone()
         values[1] = math.inf
-        assert "not finite after iteration 6" in error_of(run.checkpoint.save, 6, [])
+        assert "not finite after iteration 6" in error_of(run.checkpoint.save, 6)
         values.copy_(kept)
     path, draws = run.folder / "latest.pt", []
     saved = read_checkpoint(path)
@@ -418,7 +434,7 @@ def test_checkpoints_that_cannot_go_on_as_they_are(tmp_path, capsys):
 
 def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(tmp_path, capsys):
     Run(tmp_path / "run").train(until=5)
-    lower = Run(tmp_path / "run", lr=0.05, amp=True)
+    lower = Run(tmp_path / "run", lr=0.05, amp=True, weights="moved/run.pth")
     assert lower.first == 5 and "--lr 0.1 becomes 0.05" in capsys.readouterr().out
     rates = []
     for _ in range(15):
@@ -506,8 +522,8 @@ def test_results_hold_the_last_and_the_best(tmp_path, capsys):
     scores = {4: 50.0, 5: 70.0, 6: 60.0, 8: 70.0}
     best = []
     for step, score in scores.items():
-        best.append(log.is_best({"miou": score}))
-        log.evaluation(step, {"miou": score})
+        best.append(log.note_evaluation(step, {"miou": score}))
+        log.write_evaluation()
     assert best == [True, True, False, False] and "best 70.00 at 5" in capsys.readouterr().out
     log.write_results(test={"dice": 1.0})
     assert runtime.read_json(tmp_path / "results.json") == {
@@ -516,4 +532,4 @@ def test_results_hold_the_last_and_the_best(tmp_path, capsys):
     resumed = log_in(tmp_path, start=8)
     assert resumed.results["best"]["iteration"] == 5 and not resumed.evaluation_is_due(8)
     assert log_in(tmp_path, start=0).results["best"] is None  # another run in the same folder
-    assert "no pixel" in error_of(log.evaluation, 9, {"miou": None})
+    assert "no pixel" in error_of(log.note_evaluation, 9, {"miou": None})
