@@ -150,7 +150,7 @@ class RunOptions:
     device: str | None = option(None, "cpu or cuda (cuda where there is one)")
     amp: bool | None = option(None, "bf16 autocast (on for GPUs that have bf16)")
     compile: bool = option(False, "torch.compile the network")
-    checkpoint_activations: bool = option(False, "less memory, about a third more time")
+    checkpoint_activations: bool = option(False, "less memory, more time")
     tensorboard: bool = option(False, "TensorBoard events as well (package tensorboard)")
 
 
