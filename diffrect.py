@@ -312,7 +312,7 @@ class Rectifier(nn.Module):
         return self.mask_encoder(masks, guidance, slice_features)
 
     def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
-        """Label maps -> logits [B, C, S, S] of fine recovered; latent losses [B] (Eq. 9, 11)."""
+        """Label maps -> logits [B, C, S, S] of fine; latent losses [B] (Eq. 9, 11; any t, not T)."""
         guidance = self.guidance(TAU_SCALE * tau)
         slice_features = self.slice_encoder(slices, guidance)
         features = self.embed(coarse, slices, guidance, slice_features)
@@ -320,7 +320,7 @@ class Rectifier(nn.Module):
             return self.decoder(features, guidance), torch.zeros_like(tau)
         with torch.no_grad():  # a target that learned too would shrink, to be recovered easily
             clean = self.embed(fine, slices, guidance, slice_features)[-1]
-        step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)  # T: Eq. 9
+        step = torch.randint(1, len(self.alpha_bar), (len(clean),), device=clean.device)
         alpha_bar = self.alpha_bar[step][:, None, None, None]
         noisy = add_noise(clean, alpha_bar, torch.randn_like(clean))
         recovered = self.denoiser(noisy, features[-1], step)

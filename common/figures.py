@@ -16,8 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.augment import IGNORE
-from common.runtime import (Parser, read_json, read_metrics, require, run_main,
-                            write_atomically)
+from common.runtime import Parser, read_json, read_metrics, require, run_main, write_atomically
 
 Palette = Sequence[tuple[int, int, int]]  # RGB of the classes
 

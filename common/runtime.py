@@ -691,10 +691,11 @@ class Log:
 
     def write_evaluation(self) -> None:
         """The last evaluation: a line of metrics.jsonl, one on the terminal, results.json."""
-        last, best = self.results["last"], self.results["best"]
-        self.append(last["iteration"], {name: value for name, value in last.items()
-                                        if isinstance(value, (int, float))})
-        say(f"iteration {last['iteration']}: {self.metric} {last[self.metric]:.2f} "
+        best, last = self.results["best"], dict(self.results["last"])
+        step = last.pop("iteration")
+        self.append(step, {name: value for name, value in last.items()
+                           if isinstance(value, (int, float))})
+        say(f"iteration {step}: {self.metric} {last[self.metric]:.2f} "
             f"(best {best[self.metric]:.2f} at {best['iteration']})")
         self.write_results()
         self.since, self.steps = time.monotonic(), 0
