@@ -312,7 +312,7 @@ class Rectifier(nn.Module):
         return self.mask_encoder(masks, guidance, slice_features)
 
     def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
-        """Label maps -> logits [B, C, S, S] of fine; latent losses [B] (Eq. 9, 11; any t, not T)."""
+        """Label maps -> logits [B, C, S, S] of fine; latent losses [B] (Eq. 9, 11; of any t)."""
         guidance = self.guidance(TAU_SCALE * tau)
         slice_features = self.slice_encoder(slices, guidance)
         features = self.embed(coarse, slices, guidance, slice_features)
