@@ -168,7 +168,6 @@ SPLITS = Path(__file__).with_name("splits.tsv")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")  # VOC's masks are in either
 CAMVID_LISTS = {"train": "train.txt", "val": "test.txt", "tune": "val.txt"}  # val is one sequence
-CAMVID_MASKS = ("trainannot", "testannot", "valannot")
 UNPACKED = {  # pictures, and how many there are
     ("cityscapes", "train"): ("leftImg8bit/train/*/*_leftImg8bit.png", 2975),
     ("cityscapes", "val"): ("leftImg8bit/val/*/*_leftImg8bit.png", 500),
@@ -250,15 +249,16 @@ def published_list(dataset: str, name: str, root: Path, download: bool) -> Path:
     repository, commit = source["repository"], source["commit"]
     path = root / "splits" / repository.replace("/", "_") / commit[:10] / source["path"]
     url = f"https://raw.githubusercontent.com/{repository}/{commit}/{source['path']}"
-    known = path.is_file()
-    require(known or download, f"no list at {path}: --download fetches it from {url}; training "
-                               f"takes a list of your own as well, --labeled-list")
-    with reading(where := path if known else url):
-        content = path.read_bytes() if known else urllib.request.urlopen(url, timeout=60).read()
+    where = path if path.is_file() else url
+    require(where == path or download, f"no list at {path}: --download fetches it from {url}; "
+                                       f"training takes your own, too: --labeled-list")
+    with reading(where), (open(path, "rb") if where == path else
+                          urllib.request.urlopen(url, timeout=60)) as file:
+        content = file.read()
     require(hashlib.sha256(content).hexdigest() == source["sha256"],
             f"{where} is not the published list of {source['lines']} images (SHA-256 "
-            f"{source['sha256'][:12]}…): fetch it again")
-    if not known:
+            f"{source['sha256'][:12]}…): delete it and fetch it again")
+    if where == url:
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path
 
@@ -309,7 +309,7 @@ def voc_is_there(folder: Path) -> bool:
     """Whether VOC is unpacked, to the last mask of its own lists."""
     ids = folder / "ImageSets" / "Segmentation" / "trainval.txt"
     listed = {f"{name}.png" for name in (ids.read_text().split() if ids.is_file() else ())}
-    masks = frozenset().union(*(names_in(folder / masks) for masks in MASK_FOLDERS))
+    masks = frozenset().union(*(names_in(folder / kind) for kind in MASK_FOLDERS))
     return (folder / "JPEGImages").is_dir() and listed <= masks
 
 
@@ -427,7 +427,6 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
     """The labeled images: a list of the user, drawn from `full`, published, or from `train`."""
     labeled, seed = options.labeled or info.default_labeled, options.split_seed
     published, ours = published_lists(info.name), root / "ImageSets" / "Segmentation"
-    lists = {path.stem.removeprefix("labeled_"): path for path in ours.glob("labeled_*.txt")}
     if options.labeled_list:
         return read_list(Path(options.labeled_list), root)
     if info.name == "folder":
@@ -442,6 +441,7 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
         return train
     if labeled in published:
         return read_list(published_list(info.name, labeled, root, options.download), root)
+    lists = {path.stem.removeprefix("labeled_"): path for path in ours.glob("labeled_*.txt")}
     if labeled in lists:
         return read_list(lists[labeled], root)
     require(info.name in ("camvid", "lucchi"),
@@ -477,7 +477,8 @@ def load_data(options: DataOptions) -> Data:
         if name == "folder":
             (train, val), tune = folder_lists(root), []
         else:
-            train, val, tune = [official_list(name, root, split) for split in CAMVID_LISTS]
+            train, val, tune = [official_list(name, root, split)
+                                for split in ("train", "val", "tune")]
         full = train
         if options.unlabeled_list:
             full = read_list(Path(options.unlabeled_list), root)
@@ -493,9 +494,8 @@ def load_data(options: DataOptions) -> Data:
     unlabeled = [sample for sample in full if sample.image not in taken]
     if not info.embedded or not all(sample.mask for sample in unlabeled):
         unlabeled = [Sample(sample.image, None) for sample in unlabeled]
-    labeled_name = options.labeled or info.default_labeled
-    if options.labeled_list:
-        labeled_name = Path(options.labeled_list).stem
+    own = options.labeled_list
+    labeled_name = Path(own).stem if own else options.labeled or info.default_labeled
     random = "" if options.split_seed is None else f"_random{options.split_seed}"
     tag = f"{name}_{labeled_name.replace('/', '_')}{random}"
     data = Data(info, root, labeled, unlabeled, val, tune, tag)
@@ -594,7 +594,7 @@ def open_mask(path: Path, num_classes: int) -> np.ndarray:
             mask = mask // (255 // (2 ** int(stored[1]) - 1))
         if path.name.endswith("_gtFine_labelIds.png"):
             mask = FROM_LABEL_ID[mask]
-    if path.parent.name in CAMVID_MASKS:  # SegNet's void is the label after the last class
+    if path.parent.name in ("trainannot", "valannot", "testannot"):  # SegNet's: the last is void
         mask[mask == num_classes] = IGNORE
     known = (mask >= 0) & (mask < num_classes) & (mask % 1 == 0) | (mask == IGNORE)
     require(bool(known.all()),
