@@ -163,7 +163,7 @@ class Statistics(nn.Module):
         """Eq. 5, 6, 12 on the global batch: probabilities [B, C, H, W] of labeled, weak images."""
         classes = [class_sums(labeled_probs, label != IGNORE), class_sums(probs, valid)]
         sums = torch.cat([confidence_sums(labeled_probs, label), torch.stack(classes)], dim=1)
-        sums = all_reduce_sum(sums)  # of all ranks in one message: [2, 4 + C + 1]
+        sums = all_reduce_sum(sums.detach())  # of all ranks in one message: [2, 4 + C + 1]
         # Rows: right and wrong pixels in the first four columns, labeled and weak ones after them.
         images, mean_sum, square_sum, pixels = sums[:, :4].unbind(dim=1)
         mean = mean_sum / images.clamp(min=1)  # Eq. 5, of the images that have such pixels
@@ -204,7 +204,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
 
 
 def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-    """Eq. 2, a mean over valid pixels: logits [B, C, H, W], the others [B, H, W]."""
+    """Eq. 2, a mean over valid pixels (weight 0 elsewhere): logits [B, C, H, W], rest [B, H, W]."""
     loss = F.cross_entropy(logits.float(), pseudo_label, reduction="none")
     return (loss * weight).sum() / mean_over_ranks(valid.sum())
 

@@ -153,7 +153,7 @@ class ClassPrior(nn.Module):
     def update(self, pseudo_label: Tensor) -> None:
         """With this rank's pseudo labels of a step, [B, H, W], int64 with 255 = ignore."""
         counts = all_reduce_sum(class_counts(pseudo_label, len(self.known)))
-        shares = counts / counts.sum().clamp(min=1)
+        shares = torch.where(counts.sum() > 0, counts / counts.sum(), self.pseudo_labels)
         average = torch.lerp(shares, self.pseudo_labels, self.momentum).clamp(min=self.least)
         self.pseudo_labels.copy_(torch.where(self.known, average, self.pseudo_labels))
 

@@ -288,7 +288,7 @@ class Denoiser(nn.Module):
 class Rectifier(nn.Module):
     """LCC and LFR. Without diffusion steps, LCC alone: the latent of a mask itself is decoded.
 
-    colors: uint8 [C, 3]. Below, label maps are [B, S, S], slices [B, 1, S, S] and tau [B].
+    colors: uint8 [C, 3]. Label maps: [B, S, S], slices [B, 1, S, S], tau [B]; S: 64 k (LCC: 16 k).
     """
 
     def __init__(self, colors: Tensor, channels: int = 16, diffusion_steps: int = STEPS,

@@ -183,7 +183,7 @@ def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 class Gradients:
-    """g_s and g_u of all trainable parameters: flat [rows, P], into which backward passes write.
+    """g_s and g_u of all trainable parameters: flat [rows, P], a row a backward pass.
 
     Every .grad is a view of a row. Instead of DDP, which expects one backward pass for a forward
     pass, ranks meet in one all-reduce: alpha is that of the global batch.
@@ -199,6 +199,7 @@ class Gradients:
                       for row in self.flat]
 
     def backward(self, loss: Tensor, row: int, retain_graph: bool = False) -> None:
+        self.flat[row].zero_()
         self.select(row)
         loss.backward(retain_graph=retain_graph)
 
@@ -245,7 +246,7 @@ def pseudo_labels(logits: Tensor, valid: Tensor, threshold: float) -> tuple[Tens
 
 
 def weighted_loss(logits: Tensor, pseudo_label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-    """Eq. 3, a mean over valid pixels: logits [B, C, H, W], the others [B, H, W]."""
+    """Eq. 3, a mean over valid pixels (weight 0 elsewhere): logits [B, C, H, W], rest [B, H, W]."""
     loss = F.cross_entropy(logits.float(), pseudo_label, reduction="none")
     return (loss * weight).sum() / mean_over_ranks(valid.sum())
 
@@ -359,7 +360,6 @@ def train(config: Config) -> None:
         terms = {"loss": (loss_sup + loss_unsup) / 2, "loss_sup": loss_sup,
                  "loss_unsup": loss_unsup, "one_class": pseudo_label.amin() == pseudo_label.amax(),
                  "used": used.sum() / mean_over_ranks(views["valid"].sum())}
-        gradients.flat.zero_()
         strategy = config.strategy if step > config.warmup else "uniform"
         if strategy.startswith("pos") or config.measure and log.line_is_due(step):
             gradients.backward(loss_sup, SUP, retain_graph=not is_v2)  # V1's losses share a graph

@@ -360,7 +360,7 @@ def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
     for a in range(clusters):
         find_movers(a, np.arange(clusters))
     smallest, largest = points // clusters, -(-points // clusters)
-    far = 2 * clusters * float(cost.max()) or 1.0  # longer than any path
+    far = 2 * clusters * float(np.abs(cost).max()) or 1.0  # longer than any path
     while True:
         sizes = np.array([len(rows) for rows in members])
         # Ends of a path: 0 where a point may go or come, -far where it must, far where it must not.
@@ -407,7 +407,7 @@ def class_balance_rate(counts: Tensor) -> float:
 def subclass_counts(pixels: Tensor, most: int) -> Tensor:
     """Subclasses of each class: pixels [C] -> int64 [C], at least 1.
 
-    Clusters are as large as the smallest class or, if these are too many, as large as `most` asks.
+    Clusters are as large as the smallest class or, if these are too many, as `most` (>= C) asks.
     """
     size = int(pixels[pixels > 0].min())
     while (counts := (pixels.double() / size).round().clamp(min=1).long()).sum() > most:

@@ -48,7 +48,7 @@ Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> logits
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """Pixel counts, int64 [C, C]: rows are true classes, columns predicted ones; without 255."""
+    """Pixel counts, int64 [C, C]: rows are labels but for 255, columns predictions, 0 to C - 1."""
     label = label.flatten().long()
     left_out = num_classes**2  # a last cell, which is cut off
     cell = label * num_classes + prediction.flatten()

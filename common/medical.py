@@ -295,7 +295,7 @@ def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """dice, 2 |A and B| / (|A| + |B|), and jaccard, |A and B| / |A or B|; both 1 without voxels."""
+    """Of bool masks: dice, 2 |A and B| / (|A| + |B|), jaccard, |A and B| / |A or B|; 1 if empty."""
     both, either = int((a & b).sum()), int((a | b).sum())
     if not either:
         return {"dice": 1.0, "jaccard": 1.0}

@@ -323,7 +323,6 @@ def harm(sizes) -> None:
     for batch in sixty_batches(data, config):
         views = pos_meo.make_views(batch, config["crop"], data.info.photometry)
         losses = pos_meo.unimatch_v1_losses(model, views, config["threshold"], config["ohem"])
-        gradients.flat.zero_()
         for row in (pos_meo.SUP, pos_meo.UNSUP):
             gradients.backward(losses[row], row, retain_graph=True)
         pairs.append(gradients.flat.double())

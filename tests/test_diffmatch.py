@@ -92,6 +92,7 @@ def test_penalty_moves_probability_from_head_to_tail_but_not_as_printed(adjustme
 def test_prior_starts_at_the_labels_shares_and_follows_the_pseudo_labels():
     prior = diffmatch.ClassPrior(torch.tensor([600, 300, 0, 100]), 0.9)
     for _ in range(2):
+        prior.update(torch.full((1, 7, 19), IGNORE))  # says nothing
         prior.update(torch.tensor([0] * 10 + [2] * 70 + [3] * 20 + [IGNORE] * 33).view(1, 7, 19))
     assert prior.labels.tolist() == pytest.approx([0.6, 0.3, 0.25, 0.1])  # 1/C: no adjustment
     shares = [0.81 * 0.6 + 0.19 * 0.1, 0.81 * 0.3, 0.25, 0.81 * 0.1 + 0.19 * 0.2]

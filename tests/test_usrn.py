@@ -79,7 +79,7 @@ def test_no_balanced_assignment_costs_less(points, clusters):
     sizes = (every[:, :, None] == np.arange(clusters)).sum(axis=1)
     every = every[sizes.max(axis=1) - sizes.min(axis=1) <= 1]
     for seed in range(6):
-        cost = draw_cost(seed, points, clusters)
+        cost = draw_cost(seed, points, clusters) * (-1) ** seed  # any sign is a cost
         least = cost.numpy()[np.arange(points), every].sum(axis=1).min()
         total = cost_of_assignment(cost, cost.new_zeros(clusters))
         assert total == pytest.approx(least, rel=1e-9, abs=1e-12)
@@ -88,7 +88,7 @@ def test_no_balanced_assignment_costs_less(points, clusters):
 @pytest.mark.parametrize("points, clusters", [(40, 40), (91, 2), (127, 8), (700, 6)])
 def test_an_assignment_costs_what_a_matching_costs(points, clusters):
     for seed, dtype in itertools.product(range(3), (torch.float64, torch.float32)):
-        cost = draw_cost(seed, points, clusters, channels=1 + seed).to(dtype)
+        cost = draw_cost(seed, points, clusters, channels=1 + seed).to(dtype) - 2 * seed
         optimum = least_by_matching(cost)
         rel = 1e-9 if dtype == torch.float64 else 1e-5
         for price in (torch.zeros(clusters), torch.linspace(-9, 9, clusters)):  # guesses
