@@ -496,14 +496,14 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
                 shutil.rmtree(folder, ignore_errors=True)
                 write_json(record, make_subclasses(model, data, files, device, config))
     made = read_json(record)
-    parent_of = torch.tensor(made["parent_of"])
+    require(bool(made), f"{folder} must be one folder for all nodes")
     require((made["clustering"], made["most"]) == (config.clustering, config.max_subclasses),
             f"{folder} is of other --clustering or --max-subclasses: take another --output")
     labeled = [Sample(sample.image, str(file.resolve()))
                for sample, file in zip(data.labeled, files)]
     classes = [f"{data.info.classes[parent]}, {k}" for k, parent in enumerate(made["parent_of"])]
     info = replace(data.info, classes=tuple(classes))  # for the warning of empty ones
-    return parent_of.to(device), replace(data, labeled=labeled, info=info)
+    return torch.tensor(made["parent_of"], device=device), replace(data, labeled=labeled, info=info)
 
 
 # ---------------------------------------------------------------- training

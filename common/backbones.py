@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
 
-from common.runtime import UserError, read_tensors, reading, require
+from common.runtime import UserError, main_first, read_tensors, reading, require
 
 BACKBONES = ("resnet50", "resnet101", "xception65", "mobilenet_v2", "tiny")
 VIT_BACKBONES = ("dinov2_s", "tiny_vit")
@@ -321,7 +321,7 @@ def read_weights(backbone: str, weights: str) -> dict[str, Tensor]:
     require(source is not None, f"{backbone} has no weights to download: pass the field's file as "
                                 f"--weights PATH, or train from random ones with --weights none")
     if source.startswith("https:"):
-        with reading(f"{source} (--weights PATH takes a state dict)"):
+        with main_first(), reading(f"{source} (--weights PATH takes a state dict)"):
             state = torch.hub.load_state_dict_from_url(
                 source, map_location="cpu", progress=False, check_hash=True, weights_only=True,
                 file_name=HASHED.get(backbone))

@@ -87,17 +87,11 @@ class DatasetInfo:
         return len(self.classes)
 
 
-def shapes(name: str, crop: int, epochs: int) -> DatasetInfo:
-    return DatasetInfo(
-        name, SHAPES[name].classes, "24", embedded=True, backbone="tiny", crop=crop,
-        scale=(0.7, 1.4), photometry=Photometry(blur=(0.1, 1.0)), epochs=epochs, lr=0.01,
-        head_lr_multiplier=3, evaluation="aligned", eval_batch=20)
-
-
 DATASETS = {info.name: info for info in (
-    shapes("shapes", crop=48, epochs=28),
-    shapes("shapes_severe", crop=48, epochs=28),
-    shapes("shapes_large", crop=96, epochs=40),
+    *(DatasetInfo(
+        name, dials.classes, "24", embedded=True, backbone="tiny", crop=48, scale=(0.7, 1.4),
+        photometry=Photometry(blur=(0.1, 1.0)), epochs=28, lr=0.01, head_lr_multiplier=3,
+        evaluation="aligned", eval_batch=20) for name, dials in SHAPES.items()),
     DatasetInfo("pascal", tuple(VOC.split()), "92"),
     DatasetInfo(
         "cityscapes", tuple(label.name for label in CITYSCAPES), "1/16",

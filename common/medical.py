@@ -56,7 +56,6 @@ class VolumeInfo:
 PHANTOM = VolumeInfo("phantom", CARDIAC_CLASSES, "3", embedded=True, crop=64, channels=8,
                      batch_size=4, lr=0.02, iterations=1200, consistency=1.0, rampup=0.3,
                      rectify_weight=0.3, warmup=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0))
-LARGE = replace(PHANTOM, name="phantom_large", crop=128, channels=16, iterations=10_000)
 # DiffRect's released recipe.
 ACDC = VolumeInfo("acdc", CARDIAC_CLASSES, "7", embedded=False, crop=256, channels=16,
                   batch_size=3, lr=0.01, iterations=30_000, consistency=0.1, rampup=1.0,
@@ -64,14 +63,14 @@ ACDC = VolumeInfo("acdc", CARDIAC_CLASSES, "7", embedded=False, crop=256, channe
 MSCMRSEG = replace(ACDC, name="mscmrseg")
 PROSTATE = replace(ACDC, name="prostate", default_labeled="2",
                    classes=("background", "peripheral zone", "transition zone"))
-DATASETS = {info.name: info for info in (PHANTOM, LARGE, ACDC, MSCMRSEG, PROSTATE)}
+DATASETS = {info.name: info for info in (PHANTOM, ACDC, MSCMRSEG, PROSTATE)}
 
 
 @dataclass
 class VolumeOptions:
     """data"""
 
-    dataset: str = option("phantom", "phantoms are embedded", choices=tuple(DATASETS))
+    dataset: str = option("phantom", "phantom is embedded", choices=tuple(DATASETS))
     data_root: str | None = option(None, "folder of the data set (data/<dataset>)")
     labeled: str | None = option(
         None, "labeled patients, or all; 3_split2: of train_split2.txt (the data set's: 2, 3 or 7)")

@@ -96,8 +96,9 @@ def explain(error: Exception) -> str | None:
         return f"--compile failed, install a C++ compiler or leave it out: {reason}"
     gone = re.search(r"DataLoader worker.*(killed|exited)|gloo|NCCL", str(error))
     if isinstance(error, RuntimeError) and gone:
-        return ("another process of this run has gone, killed perhaps or out of memory; the same "
-                f"command goes on from the last checkpoint ({str(error).strip().splitlines()[0]})")
+        return ("another process of this run has gone, killed perhaps or out of memory, and the "
+                "same command goes on from the last checkpoint; or ranks cannot meet: look with "
+                f"NCCL_DEBUG=INFO, set GLOO_SOCKET_IFNAME ({' '.join(str(error).split())})")
     return None
 
 
@@ -217,6 +218,7 @@ def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        dist.new_group(backend="gloo", timeout=timedelta(minutes=5))  # can the nodes meet?
     return rank(), world_size(), torch.device(name)
 
 
@@ -235,17 +237,23 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def main_first():
-    """The first rank of each node runs the block before any other rank: for work on files."""
-    first, group = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
+    """For work on files: rank 0 runs the block, then other nodes' first ranks, then all others."""
+    turn = 2 if int(os.environ.get("LOCAL_RANK", 0)) else min(rank(), 1)
+    error, group = None, None
     if dist.is_initialized():  # preparing data may take longer than NCCL's ten minutes
         group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    if group and not first:
-        dist.barrier(group)
-    try:
-        yield
-    finally:  # also after an error, so that the others meet it too instead of waiting
-        if group and first:
-            dist.barrier(group)
+    for now in range(3):
+        if now == turn:
+            try:
+                yield
+            except BaseException as caught:
+                error = caught
+        failures = torch.tensor(int(error is not None))
+        if group:
+            dist.all_reduce(failures, group=group)
+        if failures:
+            time.sleep(0 if error else 3)  # whoever failed says why
+            raise error or SystemExit(1)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -417,11 +425,13 @@ class Checkpoint:
                 iteration = checkpoint["iteration"]
                 self.restore_rng(checkpoint["rng"], iteration)
             say(f"resuming {self.folder} at iteration {iteration}")
-        iterations = [iteration] * world_size()
+        ranks = [{**self.config, "iteration": iteration}] * world_size()
         if dist.is_initialized():
-            dist.all_gather_object(iterations, iteration)
-        require(len(set(iterations)) == 1, f"ranks go on from iterations {iterations}: "
-                                           f"{self.folder} must be one folder for all nodes")
+            dist.all_gather_object(ranks, ranks[0])
+        differing = [name for name in sorted(ranks[0].keys() - RESUMABLE - {"weights"})
+                     if any(other[name] != ranks[0][name] for other in ranks)]
+        require(not differing, f"nodes differ in {', '.join(differing)}: they need the same data "
+                               f"and options, and one folder {self.folder}")
         if rank() == 0:
             write_json(self.folder / "config.json", {"method": self.method, **self.config})
         return iteration

@@ -1,10 +1,10 @@
 """The embedded data sets, and the pretraining of the tiny encoders that are fine-tuned on them.
 
-shapes, shapes_severe, shapes_large, in PASCAL VOC's layout: blobs whose class is a *local texture*;
-colour and outline carry none. Images differ in style, which strong augmentation imitates, textures
-in geometry, which it does not: few labeled images show little of it, the unlabeled ones show all.
-phantom, phantom_large: cardiac short-axis MR, a drawing, not a simulation. A patient is one heart
-in end-diastole (ED) and end-systole (ES), with ACDC's classes, among organs and bright vessels.
+shapes, shapes_severe, in PASCAL VOC's layout: blobs whose class is a *local texture*; colour and
+outline carry none. Images differ in style, which strong augmentation imitates, textures in
+geometry, which it does not: few labeled images show little of it, the unlabeled ones show all.
+phantom: cardiac short-axis MR, a drawing, not a simulation. A patient is one heart in end-diastole
+(ED) and end-systole (ES), with ACDC's classes, among organs and bright vessels.
 
     python -m common.synthetic --dataset shapes      # training makes it by itself on first use
     python -m common.synthetic --encoder tiny        # tiny_encoder.pt again: four minutes on a CPU
@@ -33,7 +33,6 @@ from common.runtime import option, parse, require, run_main, write_atomically, w
 
 FORMAT = 1  # raise it when the same dials give other files
 SHAPE_CLASSES = ("background", "hstripe", "vstripe", "check", "dots", "cross", "grain", "blocks")
-LARGE_CLASSES = SHAPE_CLASSES + ("diag", "grid", "wave", "rings")
 CARDIAC_CLASSES = ("background", "right ventricle", "myocardium", "left ventricle")
 RV, MYOCARDIUM, LV = 1, 2, 3
 
@@ -60,9 +59,6 @@ SHAPES = {"shapes": SimpleNamespace(
     period=(4.5, 9.0), aspect=1.4, tilt=15.0, duty=(0.35, 0.65), sharpness=(0.7, 5.0),
     warp=(0.0, 1.8), warp_cell=12.0)}
 SHAPES["shapes_severe"] = with_changes(SHAPES["shapes"], seed=2, exponent=1.2)
-SHAPES["shapes_large"] = with_changes(
-    SHAPES["shapes"], seed=3, size=128, classes=LARGE_CLASSES, train=2000, val=400, tune=400,
-    exponent=0.8, blobs=(4, 9), radius=(11.0, 30.0), margin=6.0)
 
 LABELED = {12: 2, 24: 3, 48: 4}  # labeled images: in how many of them every class is to be seen
 
@@ -211,8 +207,6 @@ PHANTOMS = {"phantom": SimpleNamespace(  # ranges are drawn from once for each p
     # bias field: slope and bowl; log(gamma); deviations of the blur and of the Rician noise
     bias=(0.0, 0.22), bias_bowl=(-0.12, 0.12), gamma=(-0.24, 0.24), blur=(0.2, 0.56),
     noise=(0.015, 0.043))}
-PHANTOMS["phantom_large"] = with_changes(
-    PHANTOMS["phantom"], seed=2, size=128, train=100, val=20, test=40)
 
 
 # A shape is an array [size, size]: roughly the distance to its edge in units, positive inside.
@@ -491,7 +485,8 @@ def generate(root: Path | str, name: str) -> None:
 # others, in half of the geometry's variety. An encoder that has seen all of it would leave little
 # for semi-supervised training to gain.
 
-TEXTURES = LARGE_CLASSES[1:] + ("plain", "vwave", "hexagons", "spots", "worms", "bricks")
+TEXTURES = SHAPE_CLASSES[1:] + ("diag", "grid", "wave", "rings", "plain", "vwave", "hexagons",
+                                "spots", "worms", "bricks")
 PRETRAINING = with_changes(
     SHAPES["shapes"], size=32, radius=(9.0, 17.0), margin=10.0, period=(5.0, 8.0), aspect=1.2,
     tilt=6.0, duty=(0.43, 0.57), sharpness=(1.0, 3.5), warp=(0.0, 0.8))

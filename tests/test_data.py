@@ -55,8 +55,8 @@ def voc(voc_root, tmp_path, monkeypatch) -> DataOptions:
 
 def test_classes_and_palettes():
     counts = {name: info.num_classes for name, info in DATASETS.items()}
-    assert counts == {"shapes": 8, "shapes_severe": 8, "shapes_large": 12, "pascal": 21,
-                      "cityscapes": 19, "coco": 81, "camvid": 11, "lucchi": 2, "folder": 0}
+    assert counts == {"shapes": 8, "shapes_severe": 8, "pascal": 21, "cityscapes": 19, "coco": 81,
+                      "camvid": 11, "lucchi": 2, "folder": 0}
     for name, info in DATASETS.items():
         assert info.name == name and len(info.palette) >= info.num_classes == len(set(info.classes))
     chosen = [DATASETS["coco"].classes[index] for index in (0, 1, 11, 12, 80)]

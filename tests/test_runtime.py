@@ -180,22 +180,22 @@ def test_neighbour_in_the_global_batch(tmp_path, ranks):
 
 def test_ranks_wait_for_the_first_and_stop_together(tmp_path):
     def work(rank: int):
-        with runtime.main_first():
-            if rank == 0:
-                time.sleep(0.3)
-                (tmp_path / "made").touch()
-            found = (tmp_path / "made").exists()
-        with pytest.raises(UserError), runtime.main_first():  # none is left waiting
-            raise UserError("no data")
+        os.environ["LOCAL_RANK"] = "001"[rank]  # of two nodes
+        with runtime.main_first(), open(tmp_path / "order", "a") as file:
+            time.sleep(0.2 * (2 - rank))
+            file.write(str(rank))
+        for fails in (2, 1, 0):  # none is left waiting, and one alone says why
+            with pytest.raises(SystemExit if rank != fails else UserError), runtime.main_first():
+                runtime.require(rank != fails, "no data")
         stop = StopSignal()
         for step in range(1, 41):
             if (rank, step) == (1, 13):
                 os.kill(os.getpid(), signal.SIGTERM)
             if number := stop.requested(step):
                 break
-        return found, step, status_of(stop.leave, step, number)
+        return (tmp_path / "order").read_text(), step, status_of(stop.leave, step, number)
 
-    assert on_ranks(work, tmp_path) == [(True, 20, 143)] * 2
+    assert on_ranks(work, tmp_path, ranks=3) == [("012", 20, 143)] * 3
 
 
 def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
@@ -460,13 +460,13 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
     assert Run(tmp_path / "other").first == 0 and "not implemented" in capsys.readouterr().out
 
 
-def test_nodes_without_a_shared_folder_are_refused(tmp_path):
+def test_nodes_with_other_options_or_without_a_shared_folder_are_refused(tmp_path):
     def work(rank: int) -> str:
         Run(tmp_path / str(rank)).train(until=5)
-        return error_of(Run, tmp_path / str(rank))
+        return error_of(Run, tmp_path / str(rank), seed=rank)
 
     for line in on_ranks(work, tmp_path):
-        assert "iterations [5, 0]" in line and "one folder" in line
+        assert "differ in iteration, seed:" in line and "one folder" in line
 
 
 def test_a_full_disk_is_one_line(tmp_path):
