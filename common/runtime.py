@@ -94,11 +94,12 @@ def explain(error: Exception) -> str | None:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines()[0]
         return f"--compile failed, install a C++ compiler or leave it out: {reason}"
-    gone = re.search(r"DataLoader worker.*(killed|exited)|gloo|NCCL", str(error))
+    gone = re.search(r"DataLoader worker.*(killed|exited)|(gloo|NCCL)", str(error))
     if isinstance(error, RuntimeError) and gone:
         return ("another process of this run has gone, killed perhaps or out of memory, and the "
-                "same command goes on from the last checkpoint; or ranks cannot meet: look with "
-                f"NCCL_DEBUG=INFO, set GLOO_SOCKET_IFNAME ({' '.join(str(error).split())})")
+                "same command goes on from the last checkpoint"
+                + "; or ranks cannot meet: NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME" * bool(gone[2])
+                + f" ({' '.join(str(error).split())})")
     return None
 
 
@@ -511,10 +512,9 @@ class Checkpoint:
             dist.barrier()  # torchrun ends all as soon as one leaves: not before this is written
 
     def write(self, name: str, content: dict) -> None:
-        header = {"format": FORMAT, "method": self.method, "config": self.config}
+        content = {"format": FORMAT, "method": self.method, "config": self.config, **content}
         if rank() == 0:
-            write_atomically(self.folder / name,
-                             lambda temporary: torch.save({**header, **content}, temporary))
+            write_atomically(self.folder / name, lambda part: torch.save(content, part))
 
 
 # ---------------------------------------------------------------- signals, and the log
