@@ -277,16 +277,24 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path):
     saved, name = state(tmp_path), "classifier.weight"
     assert not torch.equal(saved["ema"][name], saved["model"][name])
     assert saved["optimizer"]["param_groups"][1]["lr"] == 0  # where its schedule ends
+    assert_identical(state(tmp_path, "best.pt")["model"], saved["ema"])
     assert_scored_as_in_training(tmp_path)
 
 
 @pytest.mark.parametrize("options", [
     ["--supervised", "--strong-labeled", "--labeled", "all"],
-    ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations"]])
+    ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations",
+     "--threshold", "0.6", "--no-align", "--stats-momentum", "0.9"]])
 def test_variants_train(options, shapes, tmp_path, monkeypatch):
     augmented = recorded(monkeypatch, daw, "strong_augment")
     shown = recorded(monkeypatch, daw.DeepLabV3Plus, "forward")
-    train(shapes, tmp_path, "--iterations", "2", *options)
+    seeds, supervised, steps = (recorded(monkeypatch, *of) for of in (
+        (torch, "manual_seed"), (daw, "supervised_loss"), (daw, "daw_loss")))
+    train(shapes, tmp_path, "--iterations", "2", "--seed", "3", *options)
+    assert seeds[:2] == [(3,), (3,)] and shown[0][1].min() < -1  # normalised
+    assert {ohem for _, _, ohem in supervised} == {0.7 if "none" in options else 0}
+    for _, _, statistics, *given in steps:
+        assert given == ["none", 0.6, False, 0.7, 1] and statistics.momentum == 0.9
     lines = lines_of(tmp_path)
     assert len(lines) == 2 and all(0 < line["loss"] < 10 for line in lines)
     assert all(line.get("used", 0) == ("none" in options) for line in lines)

@@ -429,8 +429,10 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     "--discriminative --encoding bits --crop 33 --layers 2 --checkpoint-activations"])
 def test_variants_train(options, program, tmp_path, monkeypatch):
     boxes = recorded(monkeypatch, augment, "cutmix_boxes")
-    assert program("--iterations", 2, "--output", tmp_path, *options.split())[0] == 0
+    seeds = recorded(monkeypatch, torch, "manual_seed")
+    assert program("--iterations", 2, "--seed", 3, "--output", tmp_path, *options.split())[0] == 0
     assert [0 < line["loss"] < 10 for line in lines_of(tmp_path)] == [True, True]
+    assert seeds[:2] == [(3,), (3,)]
     config = state(tmp_path)["config"]
     if config["discriminative"]:
         assert config["tau"] == 0 and config["steps"] == 1

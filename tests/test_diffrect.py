@@ -504,6 +504,12 @@ def test_a_stopped_program_ends_with_identical_bits(trained, hearts, tmp_path, m
     command = (*LONGER, "--data-root", hearts, "--output", tmp_path)
     program = functools.partial(run_as_program, "diffrect.py", monkeypatch, capfd, *command)
     stop_at(4, tmp_path, program)
+    saved = state(tmp_path)
+    group, = saved["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.01 * (1 - 4 / 5) ** 0.9)
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
+    learned = [name for part in ("model", "rectifier") for name in saved[part] if "run" not in name]
+    assert len(saved["optimizer"]["state"]) == sum("num" not in name for name in learned)
     assert program()[0] == 0
     assert_same_run(tmp_path, trained)
 
@@ -521,10 +527,12 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_variants_train(name, hearts, tmp_path, monkeypatch):
-    views, shown, built = (recorded(monkeypatch, *of) for of in (
-        (diffrect, "strong_view"), (diffrect.UNet, "forward"), (diffrect, "Rectifier")))
+    views, shown, built, seeds = (recorded(monkeypatch, *of) for of in (
+        (diffrect, "strong_view"), (diffrect.UNet, "forward"), (diffrect, "Rectifier"),
+        (torch, "manual_seed")))
     diffrect.train(configured(*SHORT, "--iterations", "2", "--warmup", "1", "--data-root", hearts,
-                              "--output", tmp_path, *RUNS[name]))
+                              "--output", tmp_path, "--seed", "3", *RUNS[name]))
+    assert seeds[:2] == [(3,), (3,)]
     lines, rectifies = lines_of(tmp_path), not name.startswith(("supervised", "fixmatch"))
     (weak, _), (_, first) = views[0], shown[0]
     assert (first is weak) is ("--strong-labeled" not in RUNS[name])
@@ -560,9 +568,10 @@ WEAK, STRONG, RECTIFIED, GREY = 1, 2, 3, 0.25
 @pytest.mark.parametrize("options", [[], ["--no-w2g"]])
 def test_who_goes_where(options, hearts, tmp_path, monkeypatch):
     """Label maps that say whose they are, strong views that are grey: what each part is shown."""
-    made = iter([WEAK, STRONG, RECTIFIED])
+    made, shown = iter([WEAK, STRONG, RECTIFIED]), []
 
     def marked(logits, inside, *rest):
+        shown.append(logits)
         return torch.full(inside.shape, next(made)), inside
 
     monkeypatch.setattr(diffrect, "pseudo_labels", marked)
@@ -575,6 +584,12 @@ def test_who_goes_where(options, hearts, tmp_path, monkeypatch):
     assert len(truth.unique()) > 2 and len(truth) == 2
     for (_, label, *_), expected in zip(learned, (truth, WEAK, truth, WEAK, RECTIFIED)):
         assert (label == expected).all()
+    of_weak, of_strong, decoded, decoded_u, of_rectified = (given[0] for given in learned)
+    for labeled, unlabeled in ((of_weak, of_rectified), (decoded, decoded_u)):  # of one output
+        assert labeled._base is unlabeled._base is not of_strong._base
+        assert torch.equal(labeled._base, torch.cat([labeled, unlabeled]))
+    assert all(torch.equal(part, part._base[2:]) for part in (of_strong, shown[-1]))
+    assert [given[4:] for given in learned] == [(), (False,), (), (False,), ()]  # Dice but of those
     _, coarse, fine, slices, tau = transports[0]
     assert (coarse[2:] == STRONG).all() and (fine[2:] == WEAK).all() and (slices[2:] == GREY).all()
     assert (tau[2:] == 0).all()  # Dice of a map of ones and a map of twos

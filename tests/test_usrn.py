@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from programs import (QUICK, are_hard, assert_identical, assert_near, assert_same_run,
                       assert_scored_as_in_training, lines_of, on_ranks, picture, ranks_draw_apart,
-                      seeded, state, stop_at, sum_of_losses)
+                      recorded, seeded, state, stop_at, sum_of_losses)
 from torch import nn
 
 import usrn
@@ -601,8 +601,10 @@ def test_real_data_have_the_paper_s_number_of_subclasses(program, voc_root, tmp_
     ["--model", "baseline", "--labeled", "all"],
     ["--clustering", "plain", "--share", "all", "--gate", "released", "--network", "released"],
     ["--architecture", "pspnet", "--ohem", "0.7", "--checkpoint-activations"]])
-def test_variants_train(options, program, tmp_path):
-    assert program("--iterations", 2, "--output", tmp_path, *options)[0] == 0
+def test_variants_train(options, program, tmp_path, monkeypatch):
+    seeds = recorded(monkeypatch, torch, "manual_seed")
+    assert program("--iterations", 2, "--seed", 3, "--output", tmp_path, *options)[0] == 0
+    assert set(seeds) == {(3,)}
     lines = lines_of(tmp_path)
     assert len(lines) == 2 and all(0 < line["loss"] < 20 for line in lines)
     assert (tmp_path / "subclasses").exists() is ("baseline" not in options)
