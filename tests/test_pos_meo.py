@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import (QUICK, assert_near, assert_same_run, lines_of, on_ranks, ranks_draw_apart,
-                      seeded, state, stop_at)
+                      recorded, seeded, state, stop_at)
 from torch import nn
 
 import daw
@@ -326,12 +326,15 @@ def plain_training(config, strategy, warmup):
     ("unimatch_v1", "pos_meo", 1, ["--warmup", 1]),
     ("unimatch_v1", "pos_meo", 0, ["--warmup", 0]), ("unimatch_v2", "pos", 0, ["--warmup", 0]),
     ("unimatch_v2", "fixed", 0, ["--alpha-unsup", 0.25, "--log-every", 2])])
-def test_training_takes_plain_steps(baseline, strategy, warmup, options, shapes, tmp_path, float64):
+def test_training_takes_plain_steps(baseline, strategy, warmup, options, shapes, tmp_path, float64,
+                                    monkeypatch):
     config = configured("--data-root", shapes, "--output", tmp_path, "--baseline", baseline,
                         "--strategy", strategy, "--iterations", 2, "--lr", 1e-4,
                         "--head-lr-multiplier", 5, "--threshold",
                         0.2 if baseline == "unimatch_v1" else 0.15, *options)
+    weighted = recorded(monkeypatch, pos_meo, "integration_weights")
     pos_meo.train(config)
+    assert all(rest == [config.alpha_unsup, config.cap] for _, _, *rest in weighted)
     before, *expected = plain_training(config, strategy, warmup)
     model, saved = pos_meo.BASELINES[baseline](BACKBONES[baseline], 8), state(tmp_path)
     for weights, value in zip((saved["model"], saved.get("ema")), expected):

@@ -605,6 +605,10 @@ def test_variants_train(options, program, tmp_path, monkeypatch):
     seeds = recorded(monkeypatch, torch, "manual_seed")
     assert program("--iterations", 2, "--seed", 3, "--output", tmp_path, *options)[0] == 0
     assert set(seeds) == {(3,)}
+    saved = state(tmp_path)
+    learned = [name for part in ("model", "subclass_model") for name in saved.get(part, ())
+               if name.endswith((".weight", ".bias"))]
+    assert len(saved["optimizer"]["state"]) == len(learned)
     lines = lines_of(tmp_path)
     assert len(lines) == 2 and all(0 < line["loss"] < 20 for line in lines)
     assert (tmp_path / "subclasses").exists() is ("baseline" not in options)
