@@ -413,13 +413,14 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     assert widths[0] / 3 == widths[1] / 5  # columns: image, label, predictions
 
     found = [read_json(whole / "results.json")["last"]["ece"]]
-    changes = "steps=3", "steps=1", "noise_seed=1", "feedback=nothing", "feedback=softmax"
+    changes = ("steps=3", "steps=1", "noise_seed=1", "feedback=nothing", "feedback=softmax",
+               "time_difference=0", "scale=0.5")
     for change in changes:  # the first one is none
         command = f"evaluate --checkpoint {whole}/best.pt --set {change} --num-workers 0 --output"
         monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "results.json")])
         evaluate.main()
         found.append(read_json(tmp_path / "results.json")["ece"])
-    assert found[1] == pytest.approx(found[0], abs=1e-6) and len(set(found[1:])) == 5
+    assert found[1] == pytest.approx(found[0], abs=1e-6) and len(set(found[1:])) == 7
 
 
 @pytest.mark.parametrize("options", [
@@ -435,7 +436,8 @@ def test_variants_train(options, program, tmp_path, monkeypatch):
     assert seeds[:2] == [(3,), (3,)]
     config = state(tmp_path)["config"]
     if config["discriminative"]:
-        assert config["tau"] == 0 and config["steps"] == 1
+        assert [config[name] for name in ("mask_channels", "tau", "steps", "pseudo_steps")] == [
+            0, 0, 1, 1]
         with pytest.raises(UserError, match="one step"):
             diffmatch.build_predictor({**config, "steps": 3}, 8)
     shares = [0, 0] if "--single-view --no-cutmix" in options else 4 * [0.5]
