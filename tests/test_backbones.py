@@ -51,6 +51,10 @@ def test_strides_and_the_two_halves(backbone, weights, strides):
     state = nn.ModuleDict({"encoder": encoder}).state_dict()
     assert random_weights_like(state) == weights  # as a checkpoint's network is built
     images = torch.randn(1, 3, 33, 50)
+    for name in ("conv1.3", "layer1.0.conv1") if weights == "deep_stem" else ():
+        weight = encoder.get_submodule(name).weight
+        deviation = math.sqrt(2 / weight[:, 0].numel())  # He et al. 2015
+        assert weight.std().item() == pytest.approx(deviation, rel=0.1)
     with torch.no_grad():
         low, high = encoder(images)
         both = encoder.low_level(images)

@@ -216,6 +216,7 @@ def test_labeled_and_unlabeled_make_up_the_full_list(voc, voc_root):
 
 def test_the_recipe_follows_the_options(voc):
     data = load_data(voc)
+    assert replace(data, val=[]).digest != data.digest != replace(data, labeled=[]).digest
     recipe = data.recipe(None, None)
     assert (recipe["backbone"], recipe["crop"], recipe["batch_size"]) == ("resnet101", 321, 8)
     assert (recipe["lr"], recipe["iterations"], recipe["eval_every"]) == (0.001, 80, 200)
@@ -446,6 +447,8 @@ def test_camvid(tmp_path, capsys):
             picture(tmp_path / label, mask)
         write(tmp_path / f"{split}.txt", lines)
     options = DataOptions(dataset="camvid", data_root=str(tmp_path))
+    own = load_data(replace(options, labeled_list=f"{tmp_path}/train.txt"))
+    assert own.labeled[0].image == "train/train_00.png"
     data = load_data(replace(options, labeled="1/12"))
     assert names(data.labeled) == ["train_06", "train_18", "train_30"]  # 36 / 3 apart
     assert "ours" in capsys.readouterr().out
@@ -629,6 +632,7 @@ def test_masks_that_cannot_be(tmp_path):
         picture(tmp_path / folder / "mask.png", np.full((4, 6), 21, np.uint8))
     assert (open_mask(tmp_path / "trainannot" / "mask.png", 21) == 255).all()
     assert "label [21]" in error_of(open_mask, tmp_path / "myannot" / "mask.png", 21)
+    assert "label [21]" in error_of(open_mask, tmp_path / "trainannot" / "mask.png", 11)
     picture(tmp_path / "a_gtFine_labelIds.png", np.full((4, 6), 300, np.uint16))
     assert "cannot read" in error_of(open_mask, tmp_path / "a_gtFine_labelIds.png", 19)
 
@@ -666,7 +670,8 @@ def test_what_cannot_be_learned_from_is_said_before_the_first_step(folder, capsy
     assert "cell" in message and "255" in message
     for path in (root / "masks").iterdir():
         picture(path, np.full_like(np.array(Image.open(path)), 255))
-    assert "val" in error_of(check_labels, load_data(replace(folder, classes="background,cell")))
+    data = load_data(replace(folder, classes="background,cell"))
+    assert "val" in error_of(training_loader, data, 33, 1, 0, 0, 1, CPU)
 
 
 def test_cut_off_and_foreign_files_are_named(voc_root):
@@ -730,6 +735,8 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
     assert_identical(alone, with_workers)
     assert_identical(alone[2:], batches_of(data, start=2))
     training = TrainingSet(data, 49, 0)
+    keys = ((0, 0), (0, 1), (1, 0))  # each seed and each position has a view of its own
+    assert len({TrainingSet(data, 49, n)[1, 0, at][1][0].tobytes() for n, at in keys}) == 3
     for batch, step in zip(alone, TrainingBatches([3, 6], 4, 0, 0, 4), strict=True):
         for n, key in enumerate(step):
             _, (image, label, valid) = training[key]

@@ -284,15 +284,17 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(shapes, tmp_path):
 @pytest.mark.parametrize("options", [
     ["--supervised", "--strong-labeled", "--labeled", "all"],
     ["--weighting", "none", "--views", "1", "--ohem", "0.7", "--checkpoint-activations",
-     "--threshold", "0.6", "--no-align", "--stats-momentum", "0.9"]])
+     "--threshold", "0.6", "--no-align", "--stats-momentum", "0.9", "--amp"]])
 def test_variants_train(options, shapes, tmp_path, monkeypatch):
     augmented = recorded(monkeypatch, daw, "strong_augment")
     shown = recorded(monkeypatch, daw.DeepLabV3Plus, "forward")
     seeds, supervised, steps = (recorded(monkeypatch, *of) for of in (
         (torch, "manual_seed"), (daw, "supervised_loss"), (daw, "daw_loss")))
+    halves = recorded(monkeypatch, torch, "autocast")
     train(shapes, tmp_path, "--iterations", "2", "--seed", "3", *options)
     assert seeds[:2] == [(3,), (3,)] and shown[0][1].min() < -1  # normalised
     assert {ohem for _, _, ohem in supervised} == {0.7 if "none" in options else 0}
+    assert halves[0][2] is ("none" in options)
     for _, _, statistics, *given in steps:
         assert given == ["none", 0.6, False, 0.7, 1] and statistics.momentum == 0.9
     lines = lines_of(tmp_path)

@@ -192,6 +192,33 @@ def test_what_the_denoiser_starts_from_and_knows_of_time(start, deviation):
     assert denoiser.frequencies.std() > 0.5
 
 
+def test_the_denoiser_equals_its_formulas():
+    """Fused inputs, then layers: x + attention(x), normalised, scaled and shifted by the time."""
+    torch.manual_seed(1)
+    denoiser = diffmatch.MaskDenoiser(16, 3, 5, 2, "ddp").double().requires_grad_(False)
+    z, y_t, t = draw(45, 2, 16, 3, 4), draw(46, 2, 3, 3, 4), torch.tensor([0.3, 0.8]).double()
+    for parameter in denoiser.layers.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def linear(layer, x):
+        return torch.einsum("oi,...i->...o", layer.weight, x) + layer.bias
+
+    level = torch.from_numpy(level_of(t.numpy()))[:, None]
+    snr = (level / (1 - level)).log()
+    waves = 2 * math.pi * snr.float() * denoiser.frequencies
+    hidden = linear(denoiser.time[0], torch.cat([snr, waves.sin(), waves.cos()], dim=1))
+    time = linear(denoiser.time[2], hidden * torch.special.ndtr(hidden))  # GELU
+    time = time / (1 + (-time).exp())  # SiLU
+    x = linear(denoiser.fuse, torch.cat([y_t, z], dim=1).movedim(1, 3).flatten(1, 2))
+    for layer in denoiser.layers:
+        x = x + layer.attention(x, 3, 4)
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        scale, shift = linear(layer.scale_and_shift, time)[:, None].chunk(2, dim=2)
+        x = (layer.norm.weight * x + layer.norm.bias) * (1 + scale) + shift
+    expected = linear(denoiser.classifier, x).view(2, 3, 4, 5).movedim(3, 1)
+    torch.testing.assert_close(denoiser(z, y_t, t), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_downsampling_takes_the_nearest_label():
     label = torch.arange(30 * 41).view(1, 30, 41)
     rows, columns = ([min(range(full), key=lambda at: abs(at - k * (full - 1) / (small - 1)))
@@ -308,8 +335,11 @@ def test_a_step_is_algorithm_1(stride, discriminative, names, tau, adjustment, s
                                ohem, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # so that y_t tells y_0
     stub, views = Stub(stride, discriminative), draw_views(28)
+    sampled = recorded(monkeypatch, diffmatch, "sample")
     _, loss, terms = step(stub, views, names, tau=tau, pseudo_steps=steps, threshold=threshold,
-                          ohem=ohem, adjustment=adjustment, discriminative=discriminative)
+                          ohem=ohem, adjustment=adjustment, discriminative=discriminative,
+                          time_difference=2, feedback="nothing")
+    assert sampled[0][3:] == (steps, 2, "nothing")
     *calls, (z, y_t, t, logits) = stub.calls
     size, _, height, width = views["weak"].shape
 
@@ -409,6 +439,7 @@ def test_a_run_and_one_that_was_stopped(program, tmp_path, monkeypatch):
     stop_at(2, parts, program, "--output", parts)
     assert program("--output", parts)[0] == 0
     assert_same_run(parts, whole)
+    assert state(whole)["prior"]["labels"].std() > 0.01  # of the labeled masks
     widths = [Image.open(whole / f"{name}.png").width - 8 for name in ("samples", "trajectory")]
     assert widths[0] / 3 == widths[1] / 5  # columns: image, label, predictions
 
@@ -434,7 +465,10 @@ def test_variants_train(options, program, tmp_path, monkeypatch):
     assert program("--iterations", 2, "--seed", 3, "--output", tmp_path, *options.split())[0] == 0
     assert [0 < line["loss"] < 10 for line in lines_of(tmp_path)] == [True, True]
     assert seeds[:2] == [(3,), (3,)]
-    config = state(tmp_path)["config"]
+    config, (*_, line) = state(tmp_path)["config"], lines_of(tmp_path)
+    names = [name for name in line if name.startswith("prior ")]
+    follows = all(abs(line[n] - line[n.replace("prior", "pseudo")]) < 1e-3 for n in names)
+    assert len(names) == 8 and follows is (config["prior_momentum"] == 0)
     if config["discriminative"]:
         assert [config[name] for name in ("mask_channels", "tau", "steps", "pseudo_steps")] == [
             0, 0, 1, 1]

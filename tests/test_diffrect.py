@@ -277,7 +277,53 @@ def test_networks_have_the_released_sizes():
     with torch.device("meta"):
         networks = diffrect.UNet(4, 16), diffrect.Rectifier(torch.empty(4, 3), 16)
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in networks]
+    shares = [part.p for part in networks[0].modules() if isinstance(part, nn.Dropout)]
+    assert shares == [0.05, 0.1, 0.2, 0.3, 0.5, 0, 0, 0, 0]
     assert [round(size / 1e6, 2) for size in sizes] == [1.81, 17.47]
+
+
+def plain_block(block, x, embedding=None):
+    x = block.first(x)
+    if embedding is not None:
+        silu = embedding / (1 + (-embedding).exp())
+        x = x + (silu @ block.shift.weight.T + block.shift.bias)[:, :, None, None]
+    return block.second(x)
+
+
+def plain_up(up, x, skip, embedding=None):
+    x = torch.einsum("oi,bihw->bohw", up.narrow.weight[:, :, 0, 0], x)
+    x = x + up.narrow.bias.view(-1, 1, 1)
+    rows, columns = (
+        (1 - abs(torch.linspace(0, size - 1, 2 * size)[:, None] - torch.arange(size))).clamp(min=0)
+        for size in x.shape[2:])  # bilinear, corner to corner
+    x = torch.einsum("Hh,bchw,Ww->bcHW", rows, x, columns)
+    return plain_block(up.block, torch.cat([skip, x], dim=1), embedding)
+
+
+def test_unet_and_denoiser_equal_their_formulas():
+    rectifier = make_rectifier().eval().requires_grad_(False)
+    slices, embedding = draw(94, 2, 4, 64, 128), draw(95, 2, 64)
+    encoder, denoiser, decoder = rectifier.mask_encoder, rectifier.denoiser, rectifier.decoder
+    added, pool, features = draw(96, 5), nn.MaxPool2d(2), []
+    for level, block in enumerate(encoder.blocks):
+        x = pool(features[-1]) if level else slices
+        features.append(plain_block(block, x, embedding) + added[level])
+    for ours, expected in zip(encoder(slices, embedding, added), features, strict=True):
+        close(ours, expected, rel=1e-4)
+
+    *skips, z = features
+    z, condition, step = z / 2, z / 2 + 1, torch.tensor([3, 7])
+    angles = step[:, None] / 10_000 ** (torch.arange(8) / 7)
+    time = denoiser.time[2](denoiser.time[1](denoiser.time[0](
+        torch.cat([angles.sin(), angles.cos()], dim=1))))
+    first = plain_block(denoiser.down1, pool(z + condition), time)
+    x = plain_up(denoiser.up1, plain_block(denoiser.down2, pool(first), time), first, time)
+    z, expected = denoiser(z, condition, step), plain_up(denoiser.up2, x, z + condition, time)
+    close(z, expected, rel=1e-4)
+    x = z
+    for up, skip in zip(decoder.ups, skips[::-1], strict=True):
+        x = plain_up(up, x, skip, embedding)
+    close(decoder([*skips, z], embedding), decoder.classifier(x), rel=1e-4)
 
 
 def test_the_rectifier_learns_to_recover_the_latent_of_the_fine_mask():
@@ -296,6 +342,8 @@ def test_the_rectifier_learns_to_recover_the_latent_of_the_fine_mask():
         condition, clean = embed(coarse)[-1], embed(fine)[-1]
     (z_t, given, step, recovered), = calls
     close(given, condition, rel=1e-4)
+    with torch.no_grad():  # the slice itself is looked at
+        assert not torch.equal(embed(coarse, slices=0 * slices)[-1], condition)
     close(latent_loss, (recovered - clean).square().mean(dim=(1, 2, 3)), rel=1e-4)
     assert set(step.tolist()) <= set(range(1, 11)) and len(set(step.tolist())) > 6
     alpha_bar = diffrect.cosine_alpha_bar(10).float()[step][:, None, None, None]
@@ -527,12 +575,13 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_variants_train(name, hearts, tmp_path, monkeypatch):
-    views, shown, built, seeds = (recorded(monkeypatch, *of) for of in (
-        (diffrect, "strong_view"), (diffrect.UNet, "forward"), (diffrect, "Rectifier"),
-        (torch, "manual_seed")))
+    views, shown, rectified, built, seeds = (recorded(monkeypatch, *of) for of in (
+        (diffrect, "strong_view"), (diffrect.UNet, "forward"),
+        (diffrect.Rectifier, "rectify"), (diffrect, "Rectifier"), (torch, "manual_seed")))
+    draws = recorded(monkeypatch, np.random, "default_rng")
     diffrect.train(configured(*SHORT, "--iterations", "2", "--warmup", "1", "--data-root", hearts,
                               "--output", tmp_path, "--seed", "3", *RUNS[name]))
-    assert seeds[:2] == [(3,), (3,)]
+    assert seeds[:2] == [(3,), (3,)] and {seed for ((seed, *_),) in draws} == {3}
     lines, rectifies = lines_of(tmp_path), not name.startswith(("supervised", "fixmatch"))
     (weak, _), (_, first) = views[0], shown[0]
     assert (first is weak) is ("--strong-labeled" not in RUNS[name])
@@ -541,6 +590,7 @@ def test_variants_train(name, hearts, tmp_path, monkeypatch):
         assert batch_statistics is ("--no-batch-statistics" not in RUNS[name])
         assert steps == (0 if name == "lcc" else 10)
     assert len(built) == rectifies
+    assert name != "released" or len(rectified[0][3].unique()) == 1  # tau of labeled slices for all
     logged = {key for key in lines[1] if key.startswith("loss_")}
     expected = {"loss_sup"} | ({"loss_unsup"} if name != "supervised" else set())
     if rectifies:
@@ -578,9 +628,11 @@ def test_who_goes_where(options, hearts, tmp_path, monkeypatch):
     monkeypatch.setattr(diffrect, "strong_view", lambda slices, info: slices * 0 + GREY)
     learned, transports, rectified = (recorded(monkeypatch, *of) for of in (
         (diffrect, "mask_loss"), (diffrect.Rectifier, "forward"), (diffrect.Rectifier, "rectify")))
+    cleared = recorded(monkeypatch, torch.optim.Optimizer, "zero_grad")
     diffrect.train(configured(*SHORT, "--iterations", "1", "--warmup", "0", "--data-root", hearts,
                               "--output", tmp_path, *options))
     truth = learned[0][1]
+    assert [to_none for _, to_none in cleared] == [True, True]  # so the other network rests
     assert len(truth.unique()) > 2 and len(truth) == 2
     for (_, label, *_), expected in zip(learned, (truth, WEAK, truth, WEAK, RECTIFIED)):
         assert (label == expected).all()
@@ -625,7 +677,7 @@ def test_what_is_left_to_the_recipes(hearts):
     assert "a multiple of 64, not 96" in error_of(configured, "--crop", "96")
     assert (config.consistency, config.rectify_weight) == (0.1, 1)
     assert (config.rampup, config.warmup, config.threshold) == (30_000, 1000, 0.8)
-    assert config.guidance == "dice" and config.batch_statistics
+    assert config.guidance == "dice" and config.batch_statistics and data.info.adjust == (1, 1.1)
     data = dataclasses.replace(data, info=medical.DATASETS["phantom"])
     options = configured("--iterations", "100", "--lr", "0.5")
     config = diffrect.complete(options, data, torch.device("cpu"))

@@ -114,6 +114,7 @@ def test_windows_are_averaged_as_probabilities(size, tops, lefts):
 def test_aligned_pictures_keep_their_places(size, crop):
     """A network with a stride, asked where its pixels are, says where they are."""
     def network(images):
+        assert torch.equal(images[..., -1, -1], places[..., -1, -1])  # continued, not black
         return resize(images[:, :2, ::16, ::16], images.shape[2:])
 
     rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
@@ -249,6 +250,7 @@ def test_ranks_share_the_images_and_agree_after_one_message(data, network, tmp_p
 
 def test_pictures_of_samples(data, network, tmp_path):
     def predict(images):
+        assert images.min() < 0  # normalised
         logits = network(images)
         third = (torch.arange(5) == 3).float()[None, :, None, None]
         return torch.cat([logits, third.expand_as(logits)])
@@ -468,7 +470,7 @@ def test_claims_are_paired_by_seed(command, tmp_path, monkeypatch):
     monkeypatch.setattr(ev, "CLAIMS", tmp_path / "claims.tsv")
     ev.CLAIMS.write_text("claim\thigher\tlower\tpaper\n" + "".join(
         f"{line}\n" for line in ("a > b\ta\tb\t+2", "b > a\tb\ta\t", "one\ta:only\tb:only\t",
-                                 "steps\ta\ta:steps_1/miou\t", "sum\ta:e1+e2\ta:e1\t",
+                                 "steps\ta\ta:steps_1/miou\t", "sum\ta:e1+e2\ta:e2\t",
                                  "nobody\ta\tc\t", "noise\ta:tail\tb:tail\t")))
     for seed, (a, b, tail) in enumerate(((50, 40, 3), (54, 43, -3), (53, 45, 1))):
         for row, miou in (("a", a), ("b", b)):
@@ -488,9 +490,10 @@ def test_claims_are_paired_by_seed(command, tmp_path, monkeypatch):
     assert found["b > a"][0] == "-" and found["b > a"][1].endswith("reversed")
     assert found["one"][1] == "+10 (one seed)"
     assert found["steps"][1].startswith("+2 [")
-    assert found["sum"][1].startswith("+100 [+100, +100] holds")
+    assert found["sum"][1].startswith("+8 [+8, +8] holds")
     assert "nobody" not in found
     assert found["noise"][1].endswith("does not show")
+    assert ev.verdict([1.0, 3.0] * 5) == "+2 [+1.25, +2.75] holds"
     stats = pytest.importorskip("scipy.stats", reason="compares with scipy's paired t-test")
     interval = stats.ttest_rel([50, 54, 53], [40, 43, 45]).confidence_interval()
     assert found["a > b"][1] == f"+9.67 [{interval.low:+.3g}, {interval.high:+.3g}] holds"

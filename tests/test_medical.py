@@ -128,9 +128,13 @@ def test_labeled_volumes_are_those_of_the_first_patients(listed, tmp_path):
     assert len(prostate.labeled) == 4 and prostate.tag == "prostate_2"  # its default: 2 patients
 
 
-def test_labeled_patients_may_be_drawn_by_a_seed(listed):
-    draws = [lists_of(listed, labeled="1", split_seed=seed)[0] for seed in (*range(8), 3)]
-    assert draws[8] == draws[3] and {names[0] for names in draws} == {"a_1", "b_1", "c_1"}
+def test_labeled_patients_may_be_drawn_by_a_seed(listed, tmp_path):
+    def draws():
+        return [sorted(lists_of(listed, labeled="1", split_seed=seed)[0]) for seed in range(8)]
+
+    drawn, path = draws(), tmp_path / "lists" / "train.txt"
+    path.write_text("\n".join(sorted(path.read_text().splitlines())))  # an order that says nothing
+    assert draws() == drawn and {names[0] for names in drawn} == {"a_1", "b_1", "c_1"}
     assert load_volumes(replace(listed, split_seed=3)).tag == "acdc_2_random3"
 
 
@@ -162,9 +166,14 @@ def test_lists_of_ones_own(listed, tmp_path):
         assert "--labeled-list" in refused(listed, **(own | also))
     digest = load_volumes(listed).digest
     assert load_volumes(replace(listed, lists=digest)).digest == digest
+    (tmp_path / "lists" / "test.txt").write_text("e e_1\n")
+    assert digest in refused(listed, lists=digest)
     assert digest in refused(listed, lists=digest, labeled="1")
-    (tmp_path / "volumes" / "d_1.npz").write_bytes((tmp_path / "volumes" / "a_1.npz").read_bytes())
-    assert "a_1.npz" in refused(listed)  # under another patient's name
+    for scored in ("d_1", "e_1"):  # under another patient's name
+        path = tmp_path / "volumes" / f"{scored}.npz"
+        path.write_bytes((tmp_path / "volumes" / "a_1.npz").read_bytes())
+        assert "a_1.npz" in refused(listed)
+        path.write_text(scored)
 
 
 @pytest.mark.parametrize("labeled", ["0", "4", "-1", "two", "1.5", "_split2", "4_split2"])
@@ -488,7 +497,11 @@ def test_evaluation_equals_counting_by_hand(scored):
 
 def test_ranks_share_the_volumes(scored, tmp_path):
     def results(rank: int) -> dict:
-        return medical.evaluate_volumes(Decode(), scored[0], INFO, 16, CPU)
+        network, mean = Decode(), torch.tensor([1.5 * rank, 2])
+        network.register_buffer("mean", mean)
+        found = medical.evaluate_volumes(network, scored[0], INFO, 16, CPU)
+        assert mean.tolist() == [2.25 * (medical.world_size() == 4), 2]  # of all ranks
+        return found
 
     assert on_ranks(results, tmp_path, ranks=4) == 4 * [results(0)]
 

@@ -130,16 +130,17 @@ def test_perturbed_decoding_drops_whole_channels_of_the_last_images_only():
     torch.manual_seed(0)
     model = DeepLabV3Plus("tiny", 4, "none").eval()
     images, seen = torch.randn(3, 3, 32, 32), []
-    model.aspp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for part in (model.aspp, model.reduce):  # high features, then low ones
+        part.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
         logits, perturbed = model(images, perturb=2)
         plain = model(images)
     assert logits.shape == (3, 4, 32, 32) and perturbed.shape == (2, 4, 32, 32)
     torch.testing.assert_close(logits, plain)  # in eval mode the others do not touch them
-    clean, dropped = seen[0][1:3], seen[0][3:5]
-    ratio = torch.where(clean > 0, dropped / clean, torch.nan).flatten(2).nanmean(dim=2)
-    kept = ratio[~ratio.isnan()]
-    assert set(kept.round().tolist()) == {0.0, 2.0}  # a channel is gone, or twice itself
+    for clean, dropped in ((features[1:3], features[3:5]) for features in seen[:2]):
+        ratio = torch.where(clean > 0, dropped / clean, torch.nan).flatten(2).nanmean(dim=2)
+        kept = ratio[~ratio.isnan()]
+        assert set(kept.round().tolist()) == {0.0, 2.0}  # a channel is gone, or twice itself
     assert not torch.allclose(perturbed, plain[1:])
 
 

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import (QUICK, assert_near, assert_same_run, lines_of, on_ranks, ranks_draw_apart,
-                      recorded, seeded, state, stop_at)
+from programs import (QUICK, assert_identical, assert_near, assert_same_run, lines_of, on_ranks,
+                      ranks_draw_apart, recorded, seeded, state, stop_at)
 from torch import nn
 
 import daw
@@ -268,7 +268,7 @@ def test_a_step_reads_nothing_back_from_the_device(baseline):
 
 # ---------------------------------------------------------------- training
 
-SHORT = [*QUICK, "--warmup", "0"]
+SHORT = [*QUICK, *"--warmup 0 --threshold 0.15".split()]
 SECOND = ["--baseline", "unimatch_v2"]
 
 
@@ -304,7 +304,7 @@ def plain_training(config, strategy, warmup):
     for step, batch in enumerate(batches):
         views = pos_meo.make_views(batch, config.crop, data.info.photometry)
         losses = getattr(pos_meo, config.baseline + "_losses")(model, *teacher, views,
-                                                               config.threshold, 0.0)
+                                                               config.threshold, config.ohem or 0.0)
         g_sup, g_unsup = (flat(torch.autograd.grad(
             loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True))
             for loss in losses[:2])
@@ -322,7 +322,7 @@ def plain_training(config, strategy, warmup):
 
 @pytest.mark.parametrize("baseline, strategy, warmup, options", [
     ("unimatch_v1", "uniform", 0, ["--no-measure", "--seed", 3]),
-    ("unimatch_v1", "fixed", 0, ["--alpha-unsup", 0.25, "--log-every", 4]),
+    ("unimatch_v1", "fixed", 0, ["--alpha-unsup", 0.25, "--log-every", 4, "--ohem", 0.1]),
     ("unimatch_v1", "pos_meo", 1, ["--warmup", 1]),
     ("unimatch_v1", "pos_meo", 0, ["--warmup", 0]), ("unimatch_v2", "pos", 0, ["--warmup", 0]),
     ("unimatch_v2", "fixed", 0, ["--alpha-unsup", 0.25, "--log-every", 2])])
@@ -342,6 +342,7 @@ def test_training_takes_plain_steps(baseline, strategy, warmup, options, shapes,
             model.load_state_dict(weights)
             after = flat(value for value in model.parameters() if value.requires_grad)
             assert_near(after - before, value - before, rel=1e-5)
+    assert_identical(state(tmp_path, "best.pt")["model"], saved.get("ema", saved["model"]))
     lines = lines_of(tmp_path)
     assert all(0.02 < line["used"] < 0.98 for line in lines)
     assert all(("alpha_unsup" in line) is ("--no-measure" not in options) for line in lines)
@@ -355,8 +356,9 @@ class Started(Exception):
 
 @pytest.mark.parametrize("dataset, baseline, expected", [
     ("pascal", "unimatch_v1", {"crop": 321, "iterations": 10_000, "warmup": 500, "cap": 1}),
-    ("cityscapes", "unimatch_v1", {"crop": 801, "threshold": 0, "warmup": 1500, "ohem": 0.7}),
-    ("cityscapes", "unimatch_v2", {"crop": 798, "threshold": 0.95, "warmup": 1125, "ohem": 0.7}),
+    ("cityscapes", "unimatch_v1", {"crop": 801, "threshold": 0, "warmup": 1500, "ohem": 0.7,
+                                    "lr": 0.005, "head_lr_multiplier": 1}),
+    ("cityscapes", "unimatch_v2", {"crop": 798, "lr": 5e-6, "ema_decay": 0.996, "warmup": 1125}),
     ("shapes", "unimatch_v1", {"crop": 48, "iterations": 3500, "warmup": 1750, "cap": 1})])
 def test_recipes(dataset, baseline, expected, monkeypatch):
     def start(folder, method, config, state):
@@ -436,11 +438,13 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
     monkeypatch.setattr(pos_meo, "LANDSCAPE_BATCHES", 1)
     monkeypatch.setattr(pos_meo, "DIRECTIONS", 2)
     path = str(whole / "latest.pt")
+    learned = recorded(monkeypatch, pos_meo, "strong_loss")
     pos_meo.landscape(configured("--landscape", f"{path},{path}", "--output", tmp_path))
+    assert len(learned) == 2 * 6 and learned[0][2].any()
     rows = runtime.read_json(tmp_path / "landscape.json")[path]
     assert [row["distance"] for row in rows] == 2 * [-0.5, 0, 0.5]
     miou = runtime.read_json(whole / "results.json")["last"]["miou"]
-    assert rows[1]["miou"] == rows[4]["miou"] == miou
+    assert rows[1]["miou"] == rows[4]["miou"] == miou != rows[0]["miou"]
     assert rows[1]["loss"] == rows[4]["loss"] and len({row["loss"] for row in rows}) == 5
 
 

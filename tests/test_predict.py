@@ -87,7 +87,9 @@ def test_the_label_map_is_the_most_likely_class(network, command, tmp_path, mode
     for left, right in windows:
         total[..., left:right] += network(image[..., left:right])[0].softmax(dim=0).detach()
     assert command("--output", tmp_path / "out", "--mode", mode, tmp_path / "x.png")[0] == 0
-    label = np.array(Image.open(tmp_path / "out" / "x.png"))
+    file = Image.open(tmp_path / "out" / "x.png")
+    assert file.getpalette()[:9] == [value for color in INFO.palette[:3] for value in color]
+    label = np.array(file)
     assert (label == total.argmax(dim=0).numpy()).all()
     overlay = np.array(Image.open(tmp_path / "out" / "x_overlay.png")).astype(int)
     colors = np.array(INFO.palette)[label]
@@ -119,6 +121,7 @@ def test_inputs_are_never_overwritten(network, command, tmp_path):
 
 def test_cityscapes_is_written_as_label_ids(command, monkeypatch, tmp_path):
     def network(images):  # class k in column k
+        assert images.shape[2:] == (4, 19)  # sliding, as it is scored: not continued
         return torch.eye(19)[None, :, None].expand(1, 19, images.shape[2], 19)
 
     contents = network, {"crop": 99}, DATASETS["cityscapes"]
@@ -193,6 +196,7 @@ def test_nifti_volumes_keep_their_grid(for_volumes, command, tmp_path):
     affine = np.array([[-1, 0, -0.9, 90], [0.75, 0.4, -1, -120], [0, 1.4, 8, 30], [0, 0, 0, 1]])
     plain, scaled = (nibabel.Nifti1Image(array, affine) for _ in range(2))
     scaled.header.set_slope_inter(0.5, -20)
+    scaled.header["cal_max"] = 900
     second = nibabel.Nifti2Image(array[..., None].astype(np.float64), affine)
     images = {"plain.nii": plain, "a.b.nii.gz": plain, "SHOUTED.NII.GZ": plain,
               "scaled.nii.gz": scaled, "second.nii": second}
@@ -207,7 +211,7 @@ def test_nifti_volumes_keep_their_grid(for_volumes, command, tmp_path):
         result = nibabel.load(out / name)
         labels = np.asarray(result.dataobj)
         assert labels.dtype == np.uint8 and np.array_equal(labels, expected)
-        assert type(result) is type(images[name])
+        assert type(result) is type(images[name]) and result.header["cal_max"] == 0
         np.testing.assert_allclose(result.affine, affine, atol=1e-4)
         compressed = (out / name).read_bytes()[:2] == b"\x1f\x8b"
         assert compressed == name.lower().endswith(".gz")

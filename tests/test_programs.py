@@ -114,7 +114,8 @@ def test_the_last_line_of_torchrun_is_ours(tmp_path):
 def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
     """In the optimizer after half of the schedule, in the strong views, in the evaluation."""
     augmented = recorded(monkeypatch, augment, "strong_augment")
-    more = "--lr 0.02 --head-lr-multiplier 5 --weight-decay 0.001 --photometry 0.5"
+    draws = recorded(monkeypatch, augment.np.random, "default_rng")
+    more = "--seed 3 --lr 0.02 --head-lr-multiplier 5 --weight-decay 0.001 --photometry 0.5"
     program = (script, monkeypatch, capfd, *QUICK, "--data-root", shapes, *more.split(),
                "--eval-split", "tune", "--output")
     stop_at(2, tmp_path / "run", run_as_program, *program, tmp_path / "run")
@@ -125,8 +126,10 @@ def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
     assert run_as_program(*program, tmp_path / "run")[0] == 0
     last = read_json(tmp_path / "run" / "results.json")["last"]
     assert last["images"] == 3  # where the val list has four
+    assert script != "usrn.py" or state(tmp_path / "run" / "supervised")["iteration"] == 1
     photometry = DATASETS["shapes"].photometry.scaled(0.5)
     assert {given for _, given in augmented} == {photometry}
+    assert {seed for ((seed, *_),) in draws} == {3}
     assert "no.pth" in refuse(*program, tmp_path / "none", "--weights", "no.pth")
     assert not (tmp_path / "none").exists()
 

@@ -207,6 +207,7 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
             of_one = torch.tensor(math.nan if rank else step)  # the other has nothing to count
             means = run.log.step(step, {"loss": loss, "of_one": of_one})
         run.log.write(2, means)
+        run.model[1].running_mean += rank
         run.checkpoint.save(2)
         expected = torch.rand(4)
         return means, Run(tmp_path / "run").first, torch.equal(torch.rand(4), expected)
@@ -214,6 +215,7 @@ def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
     means = {"loss": 3.5, "of_one": 1.5}  # of 1, 2, 5, 6; of 1, 2
     assert on_ranks(work, tmp_path) == [(means, 2, True)] * 2
     assert log_of(tmp_path / "run") == [{"iteration": 2, **means}]  # by the first rank
+    assert state(tmp_path / "run")["model"]["1.running_mean"].tolist() == [0.5] * 4
 
 
 def test_a_signal_in_one_process(capsys, monkeypatch):

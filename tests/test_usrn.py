@@ -472,7 +472,7 @@ def test_every_loss_trains_what_it_is_of_and_together_all(share):
 # ---------------------------------------------------------------- stage 2
 
 
-def test_subclasses_divide_the_label_maps(tmp_path):
+def test_subclasses_divide_the_label_maps(tmp_path, monkeypatch):
     """Own cell where it is of the pixel's class, or else the nearest subclass of that class."""
     rng, samples = np.random.default_rng(0), []
     for number, (height, width) in enumerate([(21, 34), (30, 17)]):
@@ -487,9 +487,11 @@ def test_subclasses_divide_the_label_maps(tmp_path):
     data = Data(dataset_info("folder", "a,b,c,d,e"), tmp_path, samples, [], [], [], "test")
     torch.manual_seed(0)
     model, files = DeepLabV3Plus("tiny", 5), [tmp_path / "maps" / f"{n}.png" for n in range(2)]
+    shown = recorded(monkeypatch, DeepLabV3Plus, "features")
     features, labels, grids = usrn.extract_features(model, data, torch.device("cpu"))
+    assert shown[0][1].min() < -1  # normalised
     assert grids == [(6, 9), (8, 5)] and features.shape == (94, 32)  # 2 x 2 at stride 2
-    made = usrn.make_subclasses(model, data, files, "cpu", usrn.Config(max_subclasses=25))
+    made = usrn.make_subclasses(model, data, files, "cpu", usrn.Config(max_subclasses=25, seed=3))
 
     pixels, parent_of = torch.bincount(labels, minlength=256)[:5], torch.tensor(made["parent_of"])
     counts, own = usrn.subclass_counts(pixels, 25).tolist(), torch.full_like(labels, IGNORE)
@@ -497,7 +499,7 @@ def test_subclasses_divide_the_label_maps(tmp_path):
     assert max(counts) > 3 and counts[3:] == [1, 1] and pixels[3] == 0
     for parent in range(3):
         members = labels == parent
-        clusters = usrn.balanced_kmeans(features[members], counts[parent], 0)
+        clusters = usrn.balanced_kmeans(features[members], counts[parent], 3)
         own[members] = sum(counts[:parent]) + clusters
     assert made["sizes"] == own.bincount(minlength=256)[: len(parent_of)].tolist()
     assert made["cbr_subclasses"] == pytest.approx(rate_as_printed(made["sizes"]), rel=1e-9)
@@ -559,6 +561,8 @@ def test_three_stages_that_were_stopped_and_that_were_not(program, tmp_path):
 
     assert_scored_as_in_training(whole)
     assert "subclass_model" not in state(whole, "best.pt")  # F alone is what it gives back
+    name, saved = "encoder.layer4.conv1.0.weight", state(whole)  # both begin as the shipped encoder
+    assert_near(saved["subclass_model"][name], saved["model"][name], rel=0.5)
 
 
 def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
