@@ -68,6 +68,7 @@ class Config(VolumeOptions, RunOptions):
     warmup: int | None = option(None, "iterations before rectified labels are used", low=0)
     rectify_weight: float | None = option(None, "of rectified labels (there 1), Eq. 13", low=0)
     batch_statistics: bool = option(True, "in the rectifier while it rectifies; off: running ones")
+    dropout: bool = option(True, "in the U-Net's encoder, as released; the paper says nothing")
     channels: int | None = option(None, "of the first level of both networks", low=1)
     crop: int | None = option(None, "slices are resized to crop x crop", low=64, multiple=64)
     batch_size: int | None = option(None, "labeled (and unlabeled) slices a step, all GPUs", low=1)
@@ -218,10 +219,10 @@ class Up(nn.Module):
 class Encoder(nn.Module):
     """[B, inputs, S, S] -> features of five levels, strides 1 to 16, plus those of `added`."""
 
-    def __init__(self, inputs: int, channels: int, embedding_dim: int = 0):
+    def __init__(self, inputs: int, channels: int, embedding_dim: int = 0, dropout: bool = True):
         super().__init__()
         widths = [inputs, *(channels * 2**level for level in range(5))]
-        sizes = zip(widths, widths[1:], (0.05, 0.1, 0.2, 0.3, 0.5))  # the last: dropout
+        sizes = zip(widths, widths[1:], (0.05, 0.1, 0.2, 0.3, 0.5) if dropout else [0.0] * 5)
         self.blocks = nn.ModuleList(Block(*size, embedding_dim) for size in sizes)
 
     def forward(self, x: Tensor, embedding=None, added=None) -> list[Tensor]:
@@ -252,8 +253,8 @@ class Decoder(nn.Module):
 class UNet(nn.Sequential):
     """Slices [B, 1, S, S] in [0, 1], S a multiple of 16 -> logits [B, C, S, S]."""
 
-    def __init__(self, num_classes: int, channels: int = 16):
-        super().__init__(Encoder(1, channels), Decoder(channels, num_classes))
+    def __init__(self, num_classes: int, channels: int = 16, dropout: bool = True):
+        super().__init__(Encoder(1, channels, 0, dropout), Decoder(channels, num_classes))
 
 
 class Sinusoidal(nn.Sequential):
@@ -440,7 +441,7 @@ def train(config: Config) -> None:
     released, streams = config.rules == "released", ["labeled", "unlabeled"][: 2 - supervised]
 
     torch.manual_seed(config.seed)
-    model = UNet(classes, config.channels)
+    model = UNet(classes, config.channels, config.dropout)
     network = distribute(model, device, config.compile)
     parameters, state = [*model.parameters()], {"model": model}
     if rectifies:

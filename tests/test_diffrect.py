@@ -564,7 +564,7 @@ def test_a_stopped_program_ends_with_identical_bits(trained, hearts, tmp_path, m
 
 RUNS = {
     "supervised": ["--model", "supervised", "--strong-labeled", "--labeled", "all"],
-    "fixmatch": ["--model", "fixmatch"],
+    "fixmatch": ["--model", "fixmatch", "--no-dropout"],
     "fixmatch released": ["--model", "fixmatch", "--rules", "released"],
     "lcc": ["--model", "lcc", "--no-colors", "--guidance", "none"],
     "no s2w": ["--no-s2w", "--guidance", "random", "--no-batch-statistics"],
@@ -583,7 +583,9 @@ def test_variants_train(name, hearts, tmp_path, monkeypatch):
                               "--output", tmp_path, "--seed", "3", *RUNS[name]))
     assert seeds[:2] == [(3,), (3,)] and {seed for ((seed, *_),) in draws} == {3}
     lines, rectifies = lines_of(tmp_path), not name.startswith(("supervised", "fixmatch"))
-    (weak, _), (_, first) = views[0], shown[0]
+    (weak, _), (model, first) = views[0], shown[0]
+    rates = {part.p for part in model.modules() if isinstance(part, nn.Dropout)}
+    assert (rates == {0}) is ("--no-dropout" in RUNS[name])
     assert (first is weak) is ("--strong-labeled" not in RUNS[name])
     for colors, _, steps, batch_statistics in built:
         assert torch.equal(colors, colors[:, :1].expand(4, 3)) is ("--no-colors" in RUNS[name])
