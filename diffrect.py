@@ -557,7 +557,8 @@ def train(config: Config) -> None:
 
 def build_predictor(config: dict, num_classes: int, state: dict[str, Tensor]) -> nn.Module:
     """What common.evaluate and common.predict make of a checkpoint: slices -> logits."""
-    return load_strictly(UNet(num_classes, config["channels"]), state, "the checkpoint's weights")
+    model = UNet(num_classes, config["channels"], config.get("dropout", True))
+    return load_strictly(model, state, "the checkpoint's weights")
 
 
 if __name__ == "__main__":
