@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import Bottleneck
+from torchvision.ops import Conv2dNormActivation as conv_bn_relu  # no bias; padding keeps sizes
 
 from common.runtime import UserError, main_first, read_tensors, reading, require
 
@@ -46,14 +47,8 @@ LEFTOVERS = ("fc.", "classifier.", "features.18.", "itr", "tmp", "track")
 # ---------------------------------------------------------------- convolutional encoders
 
 
-def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1):
-    padding = dilation * (kernel // 2)
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
 class Encoder(nn.Module):
-    """images [B, 3, H, W] -> low features [B, low_channels, ...] -> high [B, high_channels, ...].
+    """images [B, 3, H, W] -> (low features [B, low_channels, ...], high [B, high_channels, ...]).
 
     A chain of submodules: `low_parts`, which usrn.py may share between networks, and `high_parts`.
     """
@@ -123,11 +118,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, dilation: int = 1):
         super().__init__()
-        self.conv1 = conv_bn_relu(inputs, outputs, 3, stride, dilation)
-        self.conv2 = conv_bn_relu(outputs, outputs, 3, dilation=dilation)[:2]  # without ReLU
+        self.conv1 = conv_bn_relu(inputs, outputs, 3, stride, dilation=dilation)
+        self.conv2 = conv_bn_relu(outputs, outputs, 3, dilation=dilation, activation_layer=None)
         self.shortcut = nn.Identity()
         if inputs != outputs:
-            self.shortcut = conv_bn_relu(inputs, outputs, 1, stride)[:2]
+            self.shortcut = conv_bn_relu(inputs, outputs, 1, stride, activation_layer=None)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv2(self.conv1(x)) + self.shortcut(x))

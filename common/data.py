@@ -133,7 +133,7 @@ def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
 
 @dataclass
 class DataOptions:
-    """data"""
+    """Which images, and which of them are labeled."""
 
     dataset: str = option("shapes", f"one of {', '.join(DATASETS)}")
     data_root: str | None = option(None, "folder of the data set (data/<dataset>)")
@@ -179,7 +179,7 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture: paths relative to the data set's folder; mask None where none is to be read."""
+    """One picture: paths, below the data set's folder; mask None where none is to be read."""
 
     image: str
     mask: str | None
@@ -744,7 +744,8 @@ def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: in
 
 
 def check_labels(data: Data) -> None:
-    """Names classes without a labeled pixel. Raises UserError if there is nothing to learn."""
+    """Names classes without a labeled pixel. Raises UserError for a val list without labels, and
+    where fewer than two classes are to be learned."""
     masks = (open_mask(data.root / sample.mask, data.info.num_classes) for sample in data.val)
     require(any((mask != IGNORE).any() for mask in masks), "no pixel of the val list has a label")
     seen = data.class_pixels > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.augment import IGNORE
 from common.runtime import Parser, read_json, read_metrics, require, run_main, write_atomically
@@ -121,8 +121,7 @@ def legend(entries: Sequence[tuple], width: int) -> Image.Image:
 def fit(picture: np.ndarray, reduction: Image.Resampling) -> Image.Image:
     """Small pictures grow by a whole factor, so that a pixel stays a square; large ones shrink."""
     image = Image.fromarray(np.ascontiguousarray(picture))
-    factor = math.ceil(SMALL / max(image.size))
-    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    image = ImageOps.scale(image, math.ceil(SMALL / max(image.size)), Image.Resampling.NEAREST)
     image.thumbnail((LARGE, LARGE), reduction)
     return image
 
@@ -273,22 +272,18 @@ def filter_normalized_direction(model: torch.nn.Module,
                                 generator: torch.Generator) -> list[torch.Tensor]:
     """Li et al. 2018, Section 4: random, each filter as long as the weights'; zero for vectors."""
     direction = []
-    for parameter in model.parameters():
-        gaussian = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if parameter.dim() < 2:
-            gaussian.zero_()
-        else:
-            length = torch.norm_except_dim(parameter.detach().to(gaussian))
-            gaussian *= length / torch.norm_except_dim(gaussian)
-        direction.append(gaussian.to(parameter))
+    for weight in model.parameters():
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        length = torch.norm_except_dim(weight.detach().to(drawn)) if weight.dim() > 1 else 0
+        direction.append((drawn * (length / torch.norm_except_dim(drawn))).to(weight))
     return direction
 
 
-def plot_landscape(curves: dict[str, list[dict]], labels: dict[str, str], path: str | Path) -> None:
-    """A panel for each {measure: axis label}: mean and range over random directions around the
-    weights. `curves` {checkpoint: [{"direction", "distance", measure: number or None: a gap}]}."""
-    figure, row = panels(4, *[5.5] * len(labels))
-    for axes, (measure, label) in zip(row, labels.items()):
+def plot_landscape(curves: dict[str, list[dict]], path: str | Path) -> None:
+    """Mean and range over random directions around the weights (POS, Figure 5). `curves`
+    {checkpoint: [{"direction", "distance", "loss", "miou": number or None: a gap}]}."""
+    figure, row = panels(4, 5.5, 5.5)
+    for axes, (measure, label) in zip(row, (("loss", "training loss"), ("miou", "mIoU (%)"))):
         for checkpoint, points in curves.items():
             distances = sorted({point["distance"] for point in points})
             at = [[point[measure] for point in points if point["distance"] == x] for x in distances]
@@ -310,8 +305,7 @@ def main():
                         "landscape.json; several: DAW's Figure 4, into the first one")
     folder, *others = parser.parse_args().runs
     if curves := read_json(folder / "landscape.json"):
-        labels = {"loss": "training loss", "miou": "mIoU (%)"}
-        plot_landscape(curves, labels, folder / "landscape.png")
+        plot_landscape(curves, folder / "landscape.png")
         if not others and not (folder / "metrics.jsonl").is_file():
             return
     runs = {run: read_metrics(run) for run in (folder, *others)}

@@ -68,7 +68,7 @@ DATASETS = {info.name: info for info in (PHANTOM, ACDC, MSCMRSEG, PROSTATE)}
 
 @dataclass
 class VolumeOptions:
-    """data"""
+    """Which volumes, and which of them are labeled."""
 
     dataset: str = option("phantom", "phantom is embedded", choices=tuple(DATASETS))
     data_root: str | None = option(None, "folder of the data set (data/<dataset>)")

@@ -412,7 +412,8 @@ class Checkpoint:
         self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the log's last line
 
     def load(self) -> int:
-        """Restore the run in this folder: the iteration to go on from, 0 where there is none."""
+        """Take the folder and restore the run in it: the iteration to go on from, 0 where there is
+        none. Raises UserError where its options, or other ranks', are different ones."""
         path, iteration = self.folder / "latest.pt", 0
         if rank() == 0:
             self.lock()
@@ -564,7 +565,8 @@ class StopSignal:
 
 
 class Milestones:
-    """What may follow a step: saving, leaving after a signal, an evaluation with best.pt.
+    """What may follow a step: saving, leaving after a signal, an evaluation with best.pt. From here
+    on SIGTERM and Ctrl-C are heeded.
 
     scores: evaluates, without arguments. evaluated: the network whose weights best.pt holds.
     """
@@ -663,7 +665,6 @@ class Log:
         speed = self.steps / (time.monotonic() - self.since)
         images = round(speed * self.images_per_step, 2)
         self.append(step, {**line, "images_per_second": images})
-        minutes, seconds = divmod(round((self.total - step) / speed), 60)
         if "loss_sup" in line:
             self.sup_losses.append(line["loss_sup"])
         if step % (5 * self.every) == 0:
@@ -671,7 +672,7 @@ class Log:
                      for first in range(0, len(self.sup_losses), 5)] or [0.0]
             running_away = fives[-1] > 3 * min(fives)  # wrong pseudo labels can do that
             say(f"{step}/{self.total}  loss {line['loss']:.4f}  {images:.1f} images/s  "
-                f"{minutes}:{seconds:02} left"
+                f"{timedelta(seconds=round((self.total - step) / speed))} left"
                 + running_away * f"  LOSS ON LABELS {fives[-1]:.2f}, WAS {min(fives):.2f}")
 
     def append(self, step: int, line: dict) -> None:

@@ -457,8 +457,7 @@ def generate(root: Path | str, name: str) -> None:
     """
     write, dials = (write_shapes, SHAPES) if name in SHAPES else (write_phantom, PHANTOMS)
     root, dials = Path(root).resolve(), dials[name]
-    generator = {"format": FORMAT, "name": name, "dials": vars(dials)}
-    text = json.dumps(generator, indent=1) + "\n"
+    text = json.dumps({"format": FORMAT, "name": name, "dials": vars(dials)}, indent=1) + "\n"
 
     def is_there() -> bool:
         file = root / "generator.json"

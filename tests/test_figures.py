@@ -188,8 +188,7 @@ def test_landscape(drawn, tmp_path):
         curves[name] = [{"direction": k, "distance": a, "loss": steep * a * a * (k + 1), "miou": 5}
                         for k in range(2) for a in (0.5, -1.0, 0.0)]
     curves["uniform"][1]["loss"] = None
-    labels = {"loss": "training loss", "miou": "mIoU (%)"}
-    figures.plot_landscape(curves, labels, tmp_path / "landscape.png")
+    figures.plot_landscape(curves, tmp_path / "landscape.png")
     left, right = drawn[0].axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("training loss", "mIoU (%)")
     pos, uniform = left.lines
