@@ -220,6 +220,10 @@ def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
         dist.new_group(backend="gloo", timeout=timedelta(minutes=5))  # can the nodes meet?
+        if sys.version_info < (3, 12) and hasattr(os, "fork"):
+            # There a loader's process hangs in its first line if it is forked while one of gloo's
+            # threads enters Python, as it may right after a collective.
+            os.register_at_fork(before=lambda: time.sleep(0.05))
     return rank(), world_size(), torch.device(name)
 
 

@@ -19,7 +19,6 @@
     statistics     test Dice of diffrect.py with batch statistics averaged anew: --checkpoint
     kmeans         usrn.py's balanced k-means, k-means-constrained (PyPI) and plain k-means, once
     rectification  training steps of diffrect.py without and with its rectifier
-    evaluation     scores of 500x375 images, whole and by sliding window, beside the network alone
     distances      surface distances of a heart's masks, beside medpy's (PyPI)
 
 Without WHAT all of them, in small sizes. Candidates take turns, so that a busy machine slows all of
@@ -403,21 +402,6 @@ def loader(sizes) -> None:
 
 
 @torch.inference_mode()
-def evaluation(sizes) -> None:
-    device = init_distributed()[2]
-    network = DeepLabV3Plus(sizes.backbone, CLASSES, "none").to(device).eval()
-    with tempfile.TemporaryDirectory() as temporary:
-        samples = write_pictures(Path(temporary), 4)
-        data = Data(DATASETS["pascal"], Path(temporary), samples, [], samples, [], "benchmark")
-        image = torch.randn(1, 3, 375, 500, device=device)
-        scores = partial(evaluate, network, data, "val", sizes.crop, device, num_workers=0)
-        candidates = {"network alone": lambda: [network(image) for _ in samples],
-                      "whole": partial(scores, mode="whole"),
-                      "sliding window": partial(scores, mode="sliding")}
-        compare(f"{sizes.backbone}, crop {sizes.crop}", candidates, sizes.rounds, count=4)
-
-
-@torch.inference_mode()
 def sampling(sizes) -> None:
     device = init_distributed()[2]
     layout = {"device": device, "memory_format": torch.channels_last}
@@ -472,17 +456,6 @@ def feedback(sizes) -> None:
     say(f"  one pass: {', '.join(scores)}")
 
 
-class Latent(torch.nn.Module):
-    """In a denoiser's place: says that the clean latent is what `make` makes of the condition."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def forward(self, z_t, condition, step):
-        return self.make(condition)
-
-
 @torch.no_grad()
 def latent(sizes) -> None:
     device, state = init_distributed()[2], read_checkpoint(Path(sizes.checkpoint))
@@ -495,7 +468,7 @@ def latent(sizes) -> None:
         network.load_state_dict(state[name])
         network.to(device).train()
     model, rectifier = networks.values()
-    denoiser, dice = rectifier.denoiser, defaultdict(list)
+    recover, dice = rectifier.denoiser.forward, defaultdict(list)
     for part in rectifier.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0  # as while it rectifies
@@ -512,10 +485,10 @@ def latent(sizes) -> None:
         guidance = rectifier.guidance(diffrect.TAU_SCALE * tau)
         true = rectifier.embed(truth, weak, guidance, rectifier.slice_encoder(weak, guidance))[-1]
         maps = {"no latent, pseudo labels as they are": labels}
-        for name, source in {"recovered": denoiser, "zeros": Latent(torch.zeros_like),
-                             "noise": Latent(torch.randn_like), "the truth's": Latent(
-                                 lambda condition: true)}.items():
-            rectifier.denoiser = source
+        for name, make in {"recovered": None, "zeros": torch.zeros_like, "noise": torch.randn_like,
+                           "the truth's": lambda condition: true}.items():
+            rectifier.denoiser.forward = (
+                (lambda z_t, condition, step: make(condition)) if make else recover)
             maps[name] = rectifier.rectify(labels, weak, tau, released).argmax(dim=1)
         for name, found in maps.items():
             found = torch.where(truth == IGNORE, 0, found)
@@ -602,7 +575,7 @@ def distances(sizes) -> None:
 
 SUBJECTS = {function.__name__: function for function in (
     loader, step, gpu, growth, ranks, strategies, harm, alignment, sampling, feedback, latent,
-    statistics, kmeans, rectification, evaluation, distances)}
+    statistics, kmeans, rectification, distances)}
 OF_A_CHECKPOINT = ("harm", "alignment", "feedback", "latent", "statistics")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.synthetic import SHAPES, generate, with_changes
-from programs import run_as_program
+from programs import recorded, run_as_program
 
 torch.set_num_threads(1)  # tests are small: threads would only wait for each other
 
@@ -29,23 +29,14 @@ def signals_given_back():
         signal.signal(number, handler)
 
 
-FEW = {"train": 60, "val": 4, "tune": 3}
-
-
 @pytest.fixture(scope="session")
-def shapes_folder(tmp_path_factory) -> Path:
+def shapes(tmp_path_factory):
+    """The embedded data, fewer of them."""
     root = tmp_path_factory.mktemp("data") / "shapes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], **FEW))
+        patch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], train=60, val=4, tune=3))
         generate(root, "shapes")
-    return root
-
-
-@pytest.fixture
-def shapes(shapes_folder, monkeypatch) -> Path:
-    """The embedded data, fewer of them."""
-    monkeypatch.setitem(SHAPES, "shapes", with_changes(SHAPES["shapes"], **FEW))
-    return shapes_folder
+        yield root
 
 
 @pytest.fixture
@@ -58,16 +49,9 @@ def program(request, shapes, monkeypatch, capfd):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The matplotlib figures made in the test."""
+    """[(figure, ...)] of the matplotlib figures made in the test."""
     figure = pytest.importorskip("matplotlib.figure", reason="draws with matplotlib")
-    figures, create = [], figure.Figure.__init__
-
-    def note(self, *args, **kwargs):
-        figures.append(self)
-        create(self, *args, **kwargs)
-
-    monkeypatch.setattr(figure.Figure, "__init__", note)
-    return figures
+    return recorded(monkeypatch, figure.Figure, "__init__")
 
 
 @pytest.fixture

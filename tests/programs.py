@@ -40,12 +40,6 @@ def run(*arguments, torchrun: int = 0) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def succeed(*arguments, torchrun: int = 0) -> str:
-    done = run(*arguments, torchrun=torchrun)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def interrupt(number: int, ready, *arguments) -> tuple[int, str, str]:
     """Start the program; when `ready()`, the signal for it and all that it has started, as from a
     scheduler: (status, out, err)."""

@@ -9,15 +9,11 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 
 from common import augment
-from programs import pasted, seeded
+from programs import seeded
 
 # height, width, crop: larger and smaller than the crop, tall, wide, equal, tiny
 SIZES = [(60, 80, 40), (80, 60, 40), (30, 20, 64), (300, 17, 48), (17, 300, 48), (48, 48, 48),
          (3, 5, 16)]
-
-
-def draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.rand(*shape, generator=seeded(seed))
 
 
 # ---------------------------------------------------------------- geometry
@@ -80,7 +76,7 @@ def test_the_long_side_is_uniform_with_both_ends():
 
 def images(batch: int = 6, height: int = 24, width: int = 31) -> torch.Tensor:
     """Noise, and what is special in one corner: black, white, grey, pure and tied colours."""
-    x = draw(0, batch, 3, height, width)
+    x = torch.rand(batch, 3, height, width, generator=seeded(0))
     colors = torch.tensor(list(itertools.product((0.0, 0.5, 1.0), repeat=3)))
     x[:, :, :3, :9] = colors.T.reshape(3, 3, 9)
     x[0] = 0.25  # an image of one grey
@@ -208,14 +204,6 @@ def test_cutmix_boxes_are_distributed_as_the_scalar_loop_has_them():
         assert np.abs(mine - other).max() < 0.04, name
     assert not augment.cutmix_boxes(200, 32, p=0.0).any()
     assert augment.cutmix_boxes(200, 32, p=1.0).flatten(1).any(1).all()
-
-
-def test_cutmix_takes_the_partner_inside_the_box():
-    torch.manual_seed(0)
-    boxes, own = augment.cutmix_boxes(4, 10, p=1.0), draw(0, 4, 3, 10, 10)
-    assert torch.equal(augment.cutmix(boxes, own, own.roll(1, 0)), pasted(own, boxes))
-    three = augment.cutmix(boxes[:3], torch.zeros(3, 10, 10), torch.ones(3, 10, 10))
-    assert torch.equal(three, boxes[:3].float())  # a batch of 3 is not 3 channels
 
 
 def test_normalize_takes_bytes_and_floats():

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import urllib.error
+from unittest import mock
 
 import pytest
 import torch
@@ -95,19 +96,14 @@ STEM_AND_FIRST_BLOCK = {  # of the field's resnet50.pth; the rest is torchvision
 }
 
 
-def deep_stem_file() -> dict[str, torch.Tensor]:
-    """Keys and shapes of the field's file, with a classifier and without counters."""
+def test_the_fields_resnet_with_the_deep_stem_loads_as_it_is(tmp_path):
     with torch.device("meta"):
-        shapes = shapes_of(torchvision.models.resnet50())
+        shapes = shapes_of(torchvision.models.resnet50())  # the field's: fc too, no counters
     rest = {key: shapes[key] for key in shapes if not key.startswith(("conv1.", "bn1."))}
     torch.manual_seed(0)
     stem = {key: torch.rand(shape) - (0.4 if len(shape) > 1 else -0.5)
             for key, shape in STEM_AND_FIRST_BLOCK.items()}
-    return constants(rest) | stem
-
-
-def test_the_fields_resnet_with_the_deep_stem_loads_as_it_is(tmp_path):
-    state = deep_stem_file()
+    state = constants(rest) | stem
     path = save(state, tmp_path / "resnet50.pth")
     encoder = build_encoder("resnet50", path).eval()
     own = encoder.state_dict()
@@ -183,18 +179,6 @@ def xception_by_hand(images, state):
     return low, x
 
 
-class Asked(dict):
-    """Remembers what it was asked for."""
-
-    def __init__(self, items):
-        super().__init__(items)
-        self.asked = set()
-
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-
 def test_xception_is_the_public_network(tmp_path):
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -209,13 +193,15 @@ def test_xception_is_the_public_network(tmp_path):
                  "bn1.num_batches_tracked": torch.tensor(7)}
     path = save(state | leftovers, tmp_path / "xception.pth")
     encoder = build_encoder("xception65", path).requires_grad_(False).eval()
+    asked = mock.MagicMock()  # a dict that remembers what it was asked for
+    asked.__getitem__.side_effect = state.__getitem__
     for height, width in ((33, 33), (32, 48)):
         images = torch.randn(2, 3, height, width)
-        asked = Asked(state)
         for features, want in zip(encoder(images), xception_by_hand(images, asked)):
             assert want.std() > 0.1
             torch.testing.assert_close(features, want, rtol=1e-5, atol=1e-5)
-    assert asked.asked == state.keys() and len(state) == 660  # the public names
+    assert {call.args[0] for call in asked.__getitem__.call_args_list} == state.keys()
+    assert len(state) == 660  # the public names
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {(norm.momentum, norm.eps) for norm in norms} == {(3e-4, 1e-5)}
     # low_level carries block2's output, each value four times: high_level has it at every size.
@@ -307,9 +293,7 @@ def test_default_weights_are_the_public_files(backbone, monkeypatch):
         weights = torchvision.models.get_model_weights(backbone)
         assert asked == [weights.IMAGENET1K_V1.url]
 
-    def offline(*arguments, **options):
-        raise urllib.error.URLError("no network")
-
+    offline = mock.Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     text = error_of(build_encoder, backbone, "default")
     assert "no network" in text and "--weights PATH" in text and DEFAULT_WEIGHTS[backbone] in text

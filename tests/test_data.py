@@ -578,7 +578,7 @@ def test_pictures_whose_range_nobody_knows(tmp_path, pixels):
     assert "grey.tif" in message and "8 bits" in message
 
 
-def test_stacks_are_no_pictures(tmp_path):
+def test_stacks_are_no_pictures_and_large_ones_no_bombs(tmp_path):
     first, *others = (Image.new("L", (4, 3), 90 * number) for number in range(3))
     for name in ("stack.tif", "moving.gif"):
         first.save(tmp_path / name, save_all=True, append_images=others)
@@ -589,9 +589,6 @@ def test_stacks_are_no_pictures(tmp_path):
     assert Image.open(tmp_path / "camera.jpg").n_frames == 3
     assert np.asarray(open_image(tmp_path / "camera.jpg")).max() == 0  # the first one
     assert "PNG" in error_of(open_mask, tmp_path / "camera.jpg", 21)
-
-
-def test_large_pictures_are_no_bombs(tmp_path):
     Image.new("1", (18000, 10000)).save(tmp_path / "large.png")  # Pillow refuses above 179 million
     assert not module.is_turned(tmp_path / "large.png")
 
@@ -607,6 +604,11 @@ def test_masks_of_every_kind_of_file(tmp_path):
         image.save(tmp_path / "mask.png")
         mask = open_mask(tmp_path / "mask.png", 21)
         assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
+    for bits in (2, 4):
+        few = np.arange(12, dtype=np.uint8).reshape(3, 4) % 2**bits
+        Image.fromarray(few).save(tmp_path / "mask.png", bits=bits)
+        assert (tmp_path / "mask.png").read_bytes()[24] == bits
+        assert np.array_equal(open_mask(tmp_path / "mask.png", 21), few)
 
 
 def test_masks_that_cannot_be(tmp_path):
@@ -635,14 +637,6 @@ def test_masks_that_cannot_be(tmp_path):
     assert "label [21]" in error_of(open_mask, tmp_path / "trainannot" / "mask.png", 11)
     picture(tmp_path / "a_gtFine_labelIds.png", np.full((4, 6), 300, np.uint16))
     assert "cannot read" in error_of(open_mask, tmp_path / "a_gtFine_labelIds.png", 19)
-
-
-@pytest.mark.parametrize("bits", [2, 4])  # 1 and 8: above
-def test_masks_of_few_bits_hold_their_own_numbers(bits, tmp_path):
-    values = np.arange(12, dtype=np.uint8).reshape(3, 4) % 2**bits
-    Image.fromarray(values).save(tmp_path / "mask.png", bits=bits)
-    assert (tmp_path / "mask.png").read_bytes()[24] == bits
-    assert np.array_equal(open_mask(tmp_path / "mask.png", 21), values)
 
 
 def test_a_photograph_that_is_turned_and_its_mask(tmp_path):
@@ -686,16 +680,6 @@ def test_cut_off_and_foreign_files_are_named(voc_root):
             assert str(path) in error_of(read, path, *more)
         path.unlink()
         assert str(path) in error_of(read, path, *more)
-
-
-def test_items_are_the_files(voc, voc_root):
-    data = load_data(voc)
-    items = list(EvaluationSet(data.val, data.root, 21))
-    for name, item in zip(ids(voc_root, "val"), items, strict=True):
-        image = Image.open(voc_root / "JPEGImages" / f"{name}.jpg")
-        mask = Image.open(voc_root / "SegmentationClass" / f"{name}.png")
-        assert np.array_equal(item["image"].permute(1, 2, 0), np.asarray(image))
-        assert np.array_equal(item["label"], np.asarray(mask))
 
 
 # ---------------------------------------------------------------- batches

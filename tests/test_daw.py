@@ -8,6 +8,7 @@ from programs import (QUICK, are_hard, assert_identical, assert_near, assert_sco
 from torch import nn
 
 import daw
+import diffmatch
 from common import runtime
 from common.augment import IGNORE, Photometry, normalize
 
@@ -249,11 +250,13 @@ def test_a_step_reads_nothing_back_from_the_device():
     assert {(value.dim(), value.device.type) for value in terms.values()} == {(0, "meta")}
 
 
-def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
-    monkeypatch.setattr(daw, "strong_augment", lambda images, photometry: 1 - images)
+@pytest.mark.parametrize("module, more", [(daw, ()), (diffmatch, (("strong_1", "strong_2"), 1))])
+def test_strong_views_show_the_neighbour_inside_the_box(module, more, monkeypatch):
+    monkeypatch.setattr(module, "strong_augment", lambda images, photometry: 1 - images)
     images = torch.randint(256, (2, 4, 3, 16, 16), generator=seeded(0)).byte()
     torch.manual_seed(1)
-    views = daw.make_views({"labeled": images[0], "unlabeled": images[1]}, 16, Photometry())
+    batch = {"labeled": images[0], "unlabeled": images[1]}
+    views = module.make_views(batch, 16, Photometry(), *more)
     assert torch.equal(views["weak"], normalize(images[1]))
     for view in ("strong_1", "strong_2"):
         expected = pasted(normalize(1 - images[1] / 255), views[view + "_boxes"])

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from programs import (QUICK, assert_near, assert_same_run, lines_of, on_ranks, pasted,
+from programs import (QUICK, assert_near, assert_same_run, error_of, lines_of, on_ranks, pasted,
                       recorded, seeded, state, stop_at)
 from torch import nn
 
 import diffmatch
 from common import augment, evaluate
-from common.augment import IGNORE, Photometry, normalize
+from common.augment import IGNORE
 from common.models import hard_pixel_loss, resize
-from common.runtime import UserError, read_json
+from common.runtime import read_json
 
 TWO = ("strong_1", "strong_2")
 
@@ -175,20 +175,12 @@ def test_sizes_of_table_7():
 
 
 @pytest.mark.parametrize("start, deviation", [("zero", 0), ("ddp", math.sqrt(2 / 256))])
-def test_what_the_denoiser_starts_from_and_knows_of_time(start, deviation):
+def test_what_the_denoiser_starts_from(start, deviation):
     torch.manual_seed(0)
-    denoiser, shown = diffmatch.MaskDenoiser(256, 128, 3, 1, start), []
+    denoiser = diffmatch.MaskDenoiser(256, 128, 3, 1, start)
     mask_half, image_half = denoiser.fuse.weight.detach().split([128, 256], dim=1)
     assert mask_half.std().item() == pytest.approx(deviation, rel=0.02)
     assert image_half.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.02)
-    denoiser.time.register_forward_pre_hook(lambda module, args: shown.extend(args[0]))
-    t = torch.tensor([0.0, 0.3, 1.0])
-    denoiser(torch.zeros(3, 256, 2, 2), torch.zeros(3, 128, 2, 2), t)
-    for features, level in zip(torch.stack(shown).detach().double(), level_of(t.double().numpy())):
-        snr = float(np.clip(math.log(level / (1 - level)), -7, 7))
-        waves = snr * denoiser.frequencies.detach().double() * 2 * math.pi
-        expected = torch.cat([torch.tensor([snr]).double(), waves.sin(), waves.cos()])
-        torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)  # float32 of 100 radians
     assert denoiser.frequencies.std() > 0.5
 
 
@@ -196,7 +188,7 @@ def test_the_denoiser_equals_its_formulas():
     """Fused inputs, then layers: x + attention(x), normalised, scaled and shifted by the time."""
     torch.manual_seed(1)
     denoiser = diffmatch.MaskDenoiser(16, 3, 5, 2, "ddp").double().requires_grad_(False)
-    z, y_t, t = draw(45, 2, 16, 3, 4), draw(46, 2, 3, 3, 4), torch.tensor([0.3, 0.8]).double()
+    z, y_t, t = draw(45, 3, 16, 3, 4), draw(46, 3, 3, 3, 4), torch.tensor([0, 0.4, 1]).double()
     for parameter in denoiser.layers.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
 
@@ -204,7 +196,7 @@ def test_the_denoiser_equals_its_formulas():
         return torch.einsum("oi,...i->...o", layer.weight, x) + layer.bias
 
     level = torch.from_numpy(level_of(t.numpy()))[:, None]
-    snr = (level / (1 - level)).log()
+    snr = (level / (1 - level)).log().clamp(-7, 7)
     waves = 2 * math.pi * snr.float() * denoiser.frequencies
     hidden = linear(denoiser.time[0], torch.cat([snr, waves.sin(), waves.cos()], dim=1))
     time = linear(denoiser.time[2], hidden * torch.special.ndtr(hidden))  # GELU
@@ -215,7 +207,7 @@ def test_the_denoiser_equals_its_formulas():
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
         scale, shift = linear(layer.scale_and_shift, time)[:, None].chunk(2, dim=2)
         x = (layer.norm.weight * x + layer.norm.bias) * (1 + scale) + shift
-    expected = linear(denoiser.classifier, x).view(2, 3, 4, 5).movedim(3, 1)
+    expected = linear(denoiser.classifier, x).view(3, 3, 4, 5).movedim(3, 1)
     torch.testing.assert_close(denoiser(z, y_t, t), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -418,16 +410,6 @@ def test_two_ranks_take_the_step_of_one_process(tmp_path):
     assert ranks[0][0] != ranks[1][0] and torch.equal(ranks[0][2], ranks[1][2])
 
 
-def test_strong_views_show_the_neighbour_inside_the_box(monkeypatch):
-    monkeypatch.setattr(diffmatch, "strong_augment", lambda images, photometry: 1 - images)
-    images = torch.rand(4, 3, 16, 16)
-    views = diffmatch.make_views({"labeled": images, "unlabeled": images}, 16, Photometry(), TWO, 1)
-    for name in TWO:
-        boxes, strong = views[name + "_boxes"], normalize(1 - images)
-        assert boxes.any() and torch.equal(views["weak"], normalize(images))
-        assert torch.equal(views[name], pasted(strong, boxes))
-
-
 # ---------------------------------------------------------------- runs
 
 SHORT = [*QUICK, "--threshold", "0.1"]  # so early none is confident
@@ -472,8 +454,7 @@ def test_variants_train(options, program, tmp_path, monkeypatch):
     if config["discriminative"]:
         assert [config[name] for name in ("mask_channels", "tau", "steps", "pseudo_steps")] == [
             0, 0, 1, 1]
-        with pytest.raises(UserError, match="one step"):
-            diffmatch.build_predictor({**config, "steps": 3}, 8)
+        assert "one step" in error_of(diffmatch.build_predictor, {**config, "steps": 3}, 8)
     shares = [0, 0] if "--single-view --no-cutmix" in options else 4 * [0.5]
     assert [p for _, _, p, _ in boxes] == shares
 

@@ -361,7 +361,7 @@ def test_command_for_images(checkpoint, command, data, drawn, tmp_path):
     for name in (*CLASSES, "head_miou", "ece", "pseudo_label_accuracy"):
         assert name in out
     assert f"{results['miou']:.4f}" in out
-    assert f"{100 * results['ece']:.1f} %" in drawn[0].axes[0].get_title()
+    assert f"{100 * results['ece']:.1f} %" in drawn[0][0].axes[0].get_title()
     assert Image.open(tmp_path / "f.png").format == "PNG"
 
     for split in ("tune", "test"):

@@ -113,7 +113,7 @@ def test_calibration(drawn, tmp_path, classes):
     names = [f"class {c}" for c in range(classes)]
     figures.plot_calibration(results, names, tmp_path / "new" / "figure.png")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["figure.png"]
-    left, right = drawn[0].axes
+    left, right = drawn[0][0].axes
     assert "ECE 4.2 %" in left.get_title()
     accuracy, share = left.containers
     assert [bar.get_height() for bar in accuracy] == pytest.approx([0, 1 / 8, 2 / 8, 3 / 8, 4 / 8])
@@ -141,7 +141,7 @@ def test_class_shares(drawn, tmp_path):
     lines = share_lines("true", "pseudo", "used")
     lines[1]["pseudo background"] = 0.9
     figures.plot_class_shares(lines, CLASSES, tmp_path / "shares.png")
-    bars, most, fewest = drawn[0].axes
+    bars, most, fewest = drawn[0][0].axes
     order = [label.get_text() for label in bars.get_xticklabels()]
     assert order == list(CLASSES[::-1])
     _, pseudo, _ = bars.containers
@@ -154,7 +154,7 @@ def test_class_shares(drawn, tmp_path):
 def test_distributions(drawn, tmp_path):
     lines = [{"iteration": i, "t_star": 0.02 * i, **GAUSSIANS} for i in range(1, 41)]
     figures.plot_distributions([{"iteration": 1, "loss": 2.0}, *lines], tmp_path / "figure.png")
-    time, first, last = drawn[0].axes
+    time, first, last = drawn[0][0].axes
     assert list(time.lines[0].get_ydata()) == [0.9] * 40
     assert list(time.lines[2].get_ydata()) == pytest.approx([0.02 * i for i in range(1, 41)])
     assert (first.get_title(), last.get_title()) == ("iteration 5", "iteration 40")
@@ -176,8 +176,8 @@ def test_gradients(drawn, tmp_path):
     for k, values in enumerate(zip(*columns.values())):
         lines[2 * k + 1] |= dict(zip(columns, values))
     figures.plot_gradients(lines, tmp_path / "figure.png")
-    assert len(drawn[0].axes) == 5
-    steps, cosines = drawn[0].axes[0].collections[0].get_offsets().T
+    assert len(drawn[0][0].axes) == 5
+    steps, cosines = drawn[0][0].axes[0].collections[0].get_offsets().T
     assert steps.tolist() == list(range(20, 1000, 40))
     assert cosines.tolist() == columns["cosine"]
 
@@ -189,7 +189,7 @@ def test_landscape(drawn, tmp_path):
                         for k in range(2) for a in (0.5, -1.0, 0.0)]
     curves["uniform"][1]["loss"] = None
     figures.plot_landscape(curves, tmp_path / "landscape.png")
-    left, right = drawn[0].axes
+    left, right = drawn[0][0].axes
     assert (left.get_ylabel(), right.get_ylabel()) == ("training loss", "mIoU (%)")
     pos, uniform = left.lines
     assert list(pos.get_xdata()) == [-1, 0, 0.5] and list(pos.get_ydata()) == [3, 0, 0.75]
@@ -215,7 +215,7 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     names = {"distributions.png", "gradients.png", "metrics.jsonl", "pseudo_labels.png",
              "landscape.json", "landscape.png"}
     assert {file.name for file in tmp_path.iterdir()} == names
-    scatter = next(figure for figure in drawn if len(figure.axes) == 5).axes[0].collections[0]
+    scatter = next(figure for figure, *_ in drawn if len(figure.axes) == 5).axes[0].collections[0]
     assert scatter.get_offsets()[:, 0].tolist() == list(range(10, 210, 10))
 
     other = tmp_path / "other"
@@ -223,9 +223,9 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     lines = [{**line, "t_star": 0.7} for line in lines if "t_star" in line]
     (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run_as_program(*command, other)[0] == 0 and (tmp_path / "comparison.png").is_file()
-    thresholds = [axes.lines[-1].get_xdata()[0] for axes in drawn[-1].axes]
+    thresholds = [axes.lines[-1].get_xdata()[0] for axes in drawn[-1][0].axes]
     assert thresholds == [0.5, 0.5, 0.7, 0.7]
-    assert drawn[-1].axes[2].get_title() == f"{tmp_path.name}/other, iteration 30"
+    assert drawn[-1][0].axes[2].get_title() == f"{tmp_path.name}/other, iteration 30"
     (other / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
     assert "other has no t_star" in refuse(*command, other)
 

@@ -415,11 +415,6 @@ class Decode(torch.nn.Module):
         return torch.nn.functional.one_hot(level, 4).permute(0, 3, 1, 2).float()
 
 
-class Blind(Decode):
-    def forward(self, slices: torch.Tensor) -> torch.Tensor:
-        return super().forward(0 * slices)
-
-
 CASES = ("plain", "missed", "invented", "absent", "ignored", "plain too")
 
 
@@ -491,7 +486,8 @@ def test_evaluation_equals_counting_by_hand(scored):
     results = medical.evaluate_volumes(Decode(), files, INFO, 16, CPU, released_empty=True)
     assert_results(results, released)
 
-    results = medical.evaluate_volumes(Blind(), files[:1], INFO, 16, CPU)
+    network.forward = lambda slices: Decode.forward(network, 0 * slices)  # sees nothing
+    results = medical.evaluate_volumes(network, files[:1], INFO, 16, CPU)
     assert results["dice"] == 0 and results["hd95"] is None and " - " in medical.report(results)
 
 

@@ -13,7 +13,7 @@ from common.data import DATASETS
 from common.runtime import read_json, run_main
 from conftest import write_voc
 from programs import (QUICK, assert_same_run, interrupt, log_of, ranks_draw_apart, recorded, refuse,
-                      run, run_as_program, start, state, stop_at, succeed)
+                      run, run_as_program, start, state, stop_at)
 
 STEPS = 12
 
@@ -30,9 +30,8 @@ def pictures(tmp_path_factory) -> Path:
 def options(root: Path, output: Path) -> list:
     return ["--dataset", "pascal", "--data-root", root, "--labeled-list", root / "labeled.txt",
             "--unlabeled-list", root / "ImageSets" / "Segmentation" / "train.txt", "--backbone",
-            "tiny", "--crop", "33", "--batch-size", "2", "--iterations", STEPS, "--log-every", "1",
-            "--save-every", "2", "--eval-every", "6", "--num-workers", "1", "--device", "cpu",
-            "--output", output]
+            "tiny", *QUICK, "--crop", "33", "--iterations", STEPS, "--eval-every", "6",
+            "--num-workers", "1", "--output", output]
 
 
 @pytest.fixture
@@ -88,8 +87,9 @@ def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(pictures, tmp_
 
 def test_two_ranks_train_and_evaluate_every_image_once(pictures, tmp_path, here):
     folder = tmp_path / "run"
-    out = succeed("daw.py", *options(pictures, folder), torchrun=2)
-    assert out.count("iteration 12: miou") == 1 and ranks_draw_apart(folder)
+    done = run("daw.py", *options(pictures, folder), torchrun=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("iteration 12: miou") == 1 and ranks_draw_apart(folder)
     lines = [line["iteration"] for line in log_of(folder)]
     assert lines == sorted([*range(1, STEPS + 1), 6, STEPS])  # of one rank
     best = read_json(folder / "results.json")["best"]
@@ -138,12 +138,9 @@ def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
 
 
 def test_bad_input_gives_one_line(pictures, tmp_path, monkeypatch, capfd):
-    def daw(*arguments) -> str:
-        return refuse("daw.py", monkeypatch, capfd, *arguments)
-
-    assert "--strong-labeled needs --supervised" in daw(
-        *options(pictures, tmp_path / "run"), "--strong-labeled")
-    line = daw(*options(pictures, tmp_path / "run"), "--lr", "1e18", "--iterations", "99")
+    program = ("daw.py", monkeypatch, capfd, *options(pictures, tmp_path / "run"))
+    assert "--strong-labeled needs --supervised" in refuse(*program, "--strong-labeled")
+    line = refuse(*program, "--lr", "1e18", "--iterations", "99")
     assert "not finite" in line and "--lr" in line
     assert not (tmp_path / "run" / "results.json").exists()
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-import daw
 from common import runtime
-from common.runtime import (Checkpoint, Log, Milestones, RunOptions, StopSignal, UserError, option,
-                            parse, read_checkpoint, write_atomically)
+from common.runtime import (Checkpoint, Log, Milestones, StopSignal, UserError, parse,
+                            read_checkpoint, write_atomically)
+from daw import Config
 from programs import assert_same_run, error_of, in_processes, log_of, on_ranks, state
 
 
@@ -34,29 +34,14 @@ def status_of(function, *arguments) -> int | None:
 # ---------------------------------------------------------------- options
 
 
-@dataclass
-class Config(RunOptions):
-    """learning"""
-
-    weighting: str = option("daw", "of 50 % (all)", choices=("none", "daw"))
-    align: bool = option(True, "alignment")
-    crop: int | None = option(None, "pixels", low=1)
-    lr: float | None = option(None, "rate", above=0)
-    share: float = option(0.5, "of pixels", low=0, below=1)
-    width: float = option(2.0, "of a network", high=8)
-    lists: str | None = option(None, "of images")
-    weights: str = option("default", "of the encoder")
-    seed: int = option(0, "of everything")
-
-
 def test_flags_have_the_types_of_their_fields():
     flags = "--lr 1e-3 --crop 33 --no-align --weighting none --amp --eval-split tune --output 92"
     config = parse(Config, argv=flags.split())
     expected = Config(lr=0.001, crop=33, align=False, weighting="none", amp=True, output="92",
                       eval_split="tune")
     assert config == expected and type(config.crop) is int and type(config.amp) is bool
-    assert parse(Config, argv=[]) == Config() and parse(daw.Config, argv=[]) == daw.Config()
-    assert parse(Config, argv=["--share", "0", "--width", "8", "--crop", "1"]).crop == 1
+    assert parse(Config, argv=[]) == Config()
+    assert parse(Config, argv="--ohem 0 --photometry 1 --crop 16".split()).crop == 16
     filled = runtime.with_defaults(config, crop=48, amp=False, device="cpu", of_another_method=1)
     assert filled == replace(expected, device="cpu") and config == expected
 
@@ -64,10 +49,10 @@ def test_flags_have_the_types_of_their_fields():
 @pytest.mark.parametrize("arguments, named", [
     ("--weighting all", "--weighting"), ("--crop 1.5", "--crop"), ("--cro 3", "--cro"),
     ("--no-such-flag", "--no-such-flag"), ("word", "word"), ("--lr", "--lr"), ("--lr nan", "--lr"),
-    ("--crop 0", "--crop must be >= 1, not 0"), ("--lr 0", "--lr must be > 0"),
+    ("--crop 15", "--crop must be >= 16, not 15"), ("--lr 0", "--lr must be > 0"),
     ("--lr inf", "--lr must not be inf"), (f"--seed {2**63}", "--seed must not be 9"),
     ("--output=", "--output must not be empty"),
-    ("--share 1", "--share must be < 1"), ("--width 8.5", "--width must be <= 8"),
+    ("--ohem 1", "--ohem must be < 1"), ("--photometry 2", "--photometry must be <= 1"),
     ("--save-every 0", "--save-every"), ("--num-workers -1", "--num-workers")])
 def test_options_that_no_run_could_use(arguments, named):
     assert named in error_of(parse, Config, argv=arguments.split())
@@ -77,7 +62,7 @@ def test_help_shows_every_field(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     assert status_of(parse, Config, "the method, 100 %", ["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "the method, 100 %" in text and "{none,daw} of 50 % (all) (daw)" in text
+    assert "the method, 100 %" in text and "{none,fixed,power,daw} f(p)" in text
     for field in fields(Config):
         assert f" --{field.name.replace('_', '-')}" in text and field.metadata["help"] in text
 
@@ -104,10 +89,8 @@ def test_what_pytorch_raises_for_the_users_machine_is_explained(capsys, monkeypa
     class InvalidCxxCompiler(RuntimeError):
         __module__ = "torch._inductor.exc"
 
-    def compile():
-        raise InvalidCxxCompiler("No working C++ compiler found\nand sixty lines more")
-
-    assert status_of(runtime.run_main, compile) == 1
+    error = InvalidCxxCompiler("No working C++ compiler found\nand sixty lines more")
+    assert status_of(runtime.run_main, mock.Mock(side_effect=error)) == 1
     line = capsys.readouterr().err
     assert line.startswith("error: --compile failed") and line.endswith("compiler found\n")
     assert status_of(runtime.run_main, lambda: torch.nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1))) == 1
@@ -196,6 +179,15 @@ def test_ranks_wait_for_the_first_and_stop_together(tmp_path):
         return (tmp_path / "order").read_text(), step, status_of(stop.leave, step, number)
 
     assert on_ranks(work, tmp_path, ranks=3) == [("012", 20, 143)] * 3
+
+
+def test_ranks_wait_before_they_fork(tmp_path):
+    def work(rank: int) -> float:
+        start = time.monotonic()
+        os.waitpid(os.fork() or os._exit(0), 0)
+        return time.monotonic() - start
+
+    assert min(on_ranks(work, tmp_path)) > 0.05 * (sys.version_info < (3, 12))
 
 
 def test_ranks_log_one_mean_and_save_each_random_state(tmp_path):
@@ -396,7 +388,7 @@ def test_a_killed_run_goes_on_bit_for_bit(until, evaluates, whole, tmp_path):
 
 
 @pytest.mark.parametrize("options, named", [
-    ({"share": 0.2}, "--share 0.5"), ({"eval_split": "tune"}, "--eval-split val"),
+    ({"photometry": 0.2}, "--photometry 1"), ({"eval_split": "tune"}, "--eval-split val"),
     ({"crop": None}, "--crop 33"), ({"method": "usrn"}, "daw.py"),
     ({"lists": "0123abc"}, "lists have changed"), ({"weights": "none"}, "--weights"),
     ({"lr": 0.2}, "--lr 0.1")])  # the run is finished: nothing would be learned with it
@@ -455,9 +447,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
 
     in_processes(second, [()])
 
-    def unsupported(file, flags):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
+    unsupported = mock.Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
     monkeypatch.setattr(fcntl, "lockf", unsupported)  # as on some network file systems
     assert Run(tmp_path / "other").first == 0 and "not implemented" in capsys.readouterr().out
 
@@ -469,13 +459,6 @@ def test_nodes_with_other_options_or_without_a_shared_folder_are_refused(tmp_pat
 
     for line in on_ranks(work, tmp_path):
         assert "differ in iteration, seed:" in line and "one folder" in line
-
-
-def test_a_full_disk_is_one_line(tmp_path):
-    log = log_in(tmp_path)
-    (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    assert "metrics.jsonl" in error_of(log.append, 1, {"loss": 1.0})
 
 
 def log_in(folder, start=0, every=2, tensorboard=False) -> Log:
@@ -502,6 +485,9 @@ def test_the_log_has_means(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError) as caught:
         log_in(tmp_path, tensorboard=True)
     assert "pip install tensorboard" in runtime.explain(caught.value)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    assert "metrics.jsonl" in error_of(log.append, 1, {"loss": 1.0})  # a full disk is one line
 
 
 def test_a_run_says_that_its_loss_on_labels_multiplies(tmp_path, capsys):

@@ -2,17 +2,17 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import in_processes, refuse, run_as_program
+from programs import error_of, in_processes, refuse, run_as_program
 
 from common import synthetic
 from common.backbones import build_encoder
 from common.figures import voc_palette
-from common.runtime import UserError
 from common.synthetic import (LV, MYOCARDIUM, PHANTOMS, RV, SHAPES, choose_labeled, draw_patient,
                               draw_shapes, generate, with_changes)
 
@@ -21,17 +21,12 @@ SUFFIXES = ("", "_split1", "_split2")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small():
+def phantom_root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantom") / "data"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PHANTOMS, "small_phantom", SMALL_PHANTOM)
-        yield
-
-
-@pytest.fixture(scope="module")
-def phantom_root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom") / "data"
-    generate(folder, "small_phantom")
-    return folder
+        generate(folder, "small_phantom")
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -248,34 +243,21 @@ def test_generation_is_deterministic_idempotent_and_refuses_other_folders(
     assert contents(tmp_path / "again") == before
     monkeypatch.setattr(synthetic, draw, None)  # is not called again
     generate(folder, name)
-    with pytest.raises(UserError, match="delete that folder") as error:
-        generate(folder, other)
-    assert str(folder) in str(error.value)
+    line = error_of(generate, folder, other)
+    assert "delete that folder" in line and str(folder) in line
     monkeypatch.setattr(synthetic, "FORMAT", synthetic.FORMAT + 1)
-    with pytest.raises(UserError, match="of this version"):
-        generate(folder, name)
+    assert "of this version" in error_of(generate, folder, name)
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
-        generate(tmp_path, name)
-    with pytest.raises(UserError, match="cannot write"):
-        generate(tmp_path / "thesis.txt" / "data", name)
+    assert "not empty" in error_of(generate, tmp_path, name)
+    assert "cannot write" in error_of(generate, tmp_path / "thesis.txt" / "data", name)
     assert contents(folder) == before and (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_an_interruption_leaves_nothing_and_an_empty_folder_is_filled(tmp_path, monkeypatch):
+def test_an_interruption_leaves_nothing_and_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "data").mkdir()
-    drawn = []
-
-    def interrupted(dials, rng):
-        drawn.append(draw_patient(dials, rng))
-        if len(drawn) == 3:
-            raise KeyboardInterrupt
-        return drawn[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "draw_patient", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            generate(tmp_path / "data", "small_phantom")
+    drawn = mock.Mock(side_effect=[*2 * [patient(0, SMALL_PHANTOM)], KeyboardInterrupt])
+    with mock.patch.object(synthetic, "draw_patient", drawn), pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "data", "small_phantom")
     assert list(tmp_path.rglob("*")) == [tmp_path / "data"]
     generate(tmp_path / "data", "small_phantom")
     assert len(list((tmp_path / "data" / "volumes").iterdir())) == 20
