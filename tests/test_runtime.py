@@ -62,7 +62,8 @@ def test_help_shows_every_field(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     assert status_of(parse, Config, "the method, 100 %", ["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "the method, 100 %" in text and "{none,fixed,power,daw} f(p)" in text
+    assert "the method, 100 %" in text
+    assert "{none,fixed,power,daw} f(p) of Table 1; daw: a step at t* (daw)" in text
     for field in fields(Config):
         assert f" --{field.name.replace('_', '-')}" in text and field.metadata["help"] in text
 

@@ -143,7 +143,7 @@ def test_a_seed_decides_and_blocks_do_not(monkeypatch):
     monkeypatch.setattr(usrn, "BLOCK", 100)
     assert spread(features, usrn.balanced_kmeans(features, 6, 0)) == pytest.approx(
         spread(features, runs[0]), rel=1e-2)
-    assert max(len(points) for points, _ in calls) == 100  # whose distances are at once
+    assert max(len(points) for points, _ in calls) == 100  # computed at once
 
 
 # ---------------------------------------------------------------- Eq. 9, numbers of subclasses
