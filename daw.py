@@ -53,13 +53,13 @@ class Config(DataOptions, RunOptions):
     align: bool = option(True, "distribution alignment of --weighting daw, Eq. 12")
     threshold: float | None = option(None, "of --weighting fixed", low=0, below=1)
     stats_momentum: float = option(0.99, "m of Eq. 6 and of the means of Eq. 12", low=0, below=1)
-    views: int = option(3, "UniMatch's; 1: one strong view, as FixMatch", choices=(1, 3))
+    views: int = option(3, "3: UniMatch's; 1: one strong view, as FixMatch", choices=(1, 3))
     supervised: bool = option(False, "labeled images only")
     strong_labeled: bool = option(False, "with --supervised: the strong view of labeled images")
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
-    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=2)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
@@ -175,7 +175,7 @@ class Statistics(nn.Module):
         for old, new, known in ((self.mean, mean, enough), (self.variance, variance, enough),
                                 (self.class_mean, class_mean, counted > 0)):
             averaged = torch.lerp(new, old, self.momentum)
-            old.copy_(torch.where(known, averaged, old).clamp(min=1e-8))  # they divide
+            old.copy_(torch.where(known, averaged, old).clamp(min=1e-8))  # variances, E_u divide
 
     def gaussians(self) -> tuple:
         """mu+, sigma+^2, mu-, sigma-^2 and C: the arguments of `optimal_threshold`."""
@@ -196,7 +196,7 @@ def make_views(batch: dict[str, Tensor], crop: int, photometry: Photometry) -> d
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
-    """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
+    """Eq. 1, over labeled pixels, or OHEM's: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
     # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
@@ -231,7 +231,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     size, images = len(views["weak"]), torch.cat([views["labeled"], views["weak"]])
     if num_views == 1:  # FixMatch, Pseudo-Label
         logits, logits_strong = network(images), network(views["strong_1"])
-    else:  # of the weak ones also with half of the channels dropped
+    else:  # of the last `size`, the weak ones, also with channels dropped (p 0.5)
         logits, logits_perturbed = network(images, perturb=size)
         logits_strong = network(torch.cat([views["strong_1"], views["strong_2"]]))
     logits_labeled, logits_weak = logits.split([len(views["labeled"]), size])
@@ -258,7 +258,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     if "truth" in views:  # for the log only
         known = weight * (views["truth"] != IGNORE)
         right = known * (pseudo_label == views["truth"])
-        terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
+        terms["used_accuracy"] = right.sum() / known.sum()  # nan where none: Log leaves it out
     return loss, terms
 
 
@@ -335,7 +335,7 @@ def train(config: Config) -> None:
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if config.ema_decay:
-            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))
+            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))  # first a plain mean
 
         if means := log.step(step, terms):
             more = {} if config.supervised else describe(statistics, config.threshold)

@@ -65,7 +65,7 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
-    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=2)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
@@ -80,12 +80,12 @@ def log_snr(t) -> Tensor:
     """The cosine schedule, `alpha_cumprod` of Algorithm 2: times in [0, 1] of any shape ->
     float64, log(alpha_bar / (1 - alpha_bar)), within [-19, 12]."""
     t = torch.as_tensor(t, dtype=torch.float64)
-    n = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** -2
+    n = torch.cos((t + 0.0002) / 1.00025 * (math.pi / 2)) ** -2  # 1 + noise / signal
     return -(n - 1).clamp(min=1e-5).log()
 
 
 def alpha_bar(t) -> Tensor:
-    """Times in [0, 1] -> float64 in (0, 1), falling; Algorithm 2 leaves out the sigmoid."""
+    """Times in [0, 1] -> float64 in (0, 1), never rising; Algorithm 2 leaves out the sigmoid."""
     return log_snr(t).sigmoid()
 
 
@@ -126,8 +126,8 @@ def sample(model, z: Tensor, noise: Tensor, steps: int, time_difference: int = 1
 def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
                    adjustment: str = "scaled") -> Tensor:
     """tau t |f - f / (C p(y_0))|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B].
-    scaled: f / (C p) is made to sum to one and a constant for the gradient, which thus moves
-    probability from head to tail classes. printed: neither, which moves it away from tail classes.
+    scaled: f / (C p) is made to sum to one and a constant for the gradient, which thus pulls f
+    towards it, mostly from head to tail classes. printed: neither, which moves f to the head.
     """
     probs = logits.softmax(dim=1)
     debiased = probs / (len(class_prior) * class_prior).to(probs).view(1, -1, 1, 1)
@@ -138,7 +138,7 @@ def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
 
 class ClassPrior(nn.Module):
     """p(y_0) of labels, fixed, and of pseudo labels, which starts there and follows them: [C] each.
-    counts: labeled pixels [C]; a class without any keeps 1/C, neither head nor tail. least: of p.
+    counts: labeled pixels [C]; a class without any keeps 1/C, beside the others. least: p's floor.
     """
 
     def __init__(self, counts: Tensor, momentum: float, least: float = 1e-4):
@@ -288,7 +288,7 @@ class DiffMatch(nn.Module):
 
     def forward(self, images=None, perturb: int = 0, denoise: tuple | None = None):
         if denoise is not None:
-            return self.denoiser(*denoise).float().contiguous()  # channels last: slow to enlarge
+            return self.denoiser(*denoise).float().contiguous()  # `resize` is slow on channels last
         z = self.extractor.features(images, perturb)
         return z.split([len(images), perturb]) if perturb else z
 
@@ -310,9 +310,9 @@ class Sampler(nn.Module):
     def trajectory(self, images: Tensor) -> Tensor:
         """Logits after each step, [steps, B, C, h, w], from one noise for all images."""
         z = self.model(images)
-        generator = torch.Generator(z.device).manual_seed(self.noise_seed)
+        generator = torch.Generator().manual_seed(self.noise_seed)  # alike on CPUs and GPUs
         shape = (1, self.model.encode.channels, *z.shape[2:])
-        noise = torch.randn(shape, generator=generator, device=z.device)
+        noise = torch.randn(shape, generator=generator).to(z.device)
         return sample(self.model, z, noise, *self.sampling)
 
     def each_step(self, image: Tensor) -> Tensor:  # [1, 3, H, W] -> logits [steps, C, H, W]
@@ -457,7 +457,7 @@ def train(config: Config) -> None:
     start = checkpoint.load()
     log = Log(checkpoint, start, 2 * config.batch_size)
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
-                             config.iterations, device, True, config.num_workers)
+                             config.iterations, device, num_workers=config.num_workers)
     names = ("strong_1",) if config.single_view else ("strong_1", "strong_2")
 
     scores = partial(evaluate, sampler, data, config.eval_split, config.crop, device,

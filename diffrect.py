@@ -14,9 +14,9 @@ into better ones, which the U-Net learns from. Only the U-Net is used afterwards
     Eq. 6         calibration guidance tau (CG)          dice_coefficient, calibration_guidance
     Eq. 8-11      S2W and W2G, losses of latents         Denoiser, Rectifier.forward
     Eq. 13, 14    the two networks' losses               fixmatch_loss, mask_loss, train
-The denoiser predicts the clean latent, as in Eq. 9 and 11, not the noise as in Eq. 3 and 12. Not as
-printed, but as released: variances are fixed; targets of Eq. 9, 11 have no gradient; latents are
-decoded with skips from the condition; weights of pseudo labels rise, rectified ones wait.
+The denoiser predicts the clean latent, as in Eq. 9 and 11, not the noise as in Eq. 3 and 12; a step
+has the posterior's variance. As released: no gradient to targets of Eq. 9, 11; latents decoded with
+skips from the condition; a Dice loss on labels; weights of pseudo labels rise, rectified ones wait.
 
     python diffrect.py                                     embedded phantom
     python diffrect.py --dataset acdc --labeled 7          the paper; --rules released: the authors
@@ -307,13 +307,13 @@ class Rectifier(nn.Module):
 
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor,
               slice_features: list[Tensor]) -> list[Tensor]:
-        """B_sem of Eq. 5: features of five levels. The slice is an input channel (Section 3.1), and
-        its own features are added to each level (as released)."""
+        """B_sem of Eq. 5: features of five levels. As released, the slice is an input channel, and
+        its own features are added to each level (Section 3.1: concatenated)."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, slice_features)
 
     def forward(self, coarse: Tensor, fine: Tensor, slices: Tensor, tau: Tensor) -> tuple:
-        """Label maps -> logits [B, C, S, S] of fine; latent losses [B] (Eq. 9, 11; of any t)."""
+        """Label maps -> logits [B, C, S, S] of fine; latent losses [B] (Eq. 9, 11; random t)."""
         guidance = self.guidance(TAU_SCALE * tau)
         slice_features = self.slice_encoder(slices, guidance)
         features = self.embed(coarse, slices, guidance, slice_features)
@@ -517,7 +517,7 @@ def train(config: Config) -> None:
             optimizer.zero_grad(set_to_none=True)
             terms |= {"loss_diff": loss_diff, "tau_l": tau_l.mean(), "tau_u": tau_u.mean()}
             if step > config.warmup:
-                tau = tau_l.repeat(2) if released else tau
+                tau = tau_l.repeat(2) if released else tau  # as many unlabeled ones
                 with amp:  # labeled slices as well, for the batch statistics
                     logits = rectifier.rectify(masks_weak, weak, tau, released)[size:]
                 rectified, _ = pseudo_labels(logits, valid, threshold, released)
@@ -530,7 +530,7 @@ def train(config: Config) -> None:
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
 
-        for name, labels in maps.items() if "truth" in batch else ():  # for the log only
+        for name, labels in maps.items() if "truth" in batch else ():  # embedded: for the log
             terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
         if means := log.step(step, {"loss": loss, **terms}):
             log.write(step, means)

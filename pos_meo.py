@@ -5,9 +5,9 @@ The supervised and the unsupervised loss are mostly summed with equal weights, b
 g_s and g_u often conflict: a step along their mean may make one loss worse. POS takes the shortest
 vector between g_s and g_u instead (the minimum-norm point): to first order no step along it harms
 either loss of the batch. It is short; MEO gives it the length of the mean back. All this is said of
-gradients: momentum, the head's learning rate and AdamW come after it. From the first step on it can
-collapse: the smaller g_u, the more h follows it alone, and a student that teaches itself then only
-agrees with itself. Hence uniform steps first, and a run that stops as COLLAPSED (both ours).
+gradients: weight decay, momentum, the head's learning rate and AdamW come after it. From step 1 on
+it can collapse: the smaller g_u, the more h follows it alone, and a student that teaches itself
+then agrees only with itself. Hence uniform steps first, and runs that stop as COLLAPSED (ours).
 
     Eq. 1-3     the losses of the baselines           supervised_loss, pseudo_labels, weighted_loss
     Eq. 4       h = w_s g_s + w_u g_u                 integration_weights, Gradients.integrate
@@ -21,7 +21,7 @@ Run
     python pos_meo.py --dataset pascal --labeled 92 --warmup 0     the paper's; else 5 % are uniform
     torchrun --nproc_per_node=8 pos_meo.py --dataset pascal --labeled 92 --baseline unimatch_v2
 Baselines: --strategy uniform, pos (Table 4), or fixed with --alpha-unsup 0.33 (Table 5).
-Results, figures and all differences from the paper and UniMatch's code: .docs/pos_meo.md
+Results, figures and all differences from the paper and UniMatch's code: .docs/pos_meo.md, daw.md
 """
 
 import copy
@@ -79,7 +79,7 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "as in daw.py; unimatch_v2: dinov2_s or tiny_vit")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1; unimatch_v2: 14 k", low=16)
-    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=2)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
@@ -152,11 +152,11 @@ def pareto_weights(g_sup: Tensor, g_unsup: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integrate_gradients(g_sup: Tensor, g_unsup: Tensor, magnitude_enhancement=True) -> Tensor:
-    """h of Eq. 4, 6, with MEO Eq. 13, to be used elsewhere: flat [P]; <h, g_s> and <h, g_u> are not
-    negative, unless one of the two vanishes."""
+    """h of Eq. 4, 6, with MEO Eq. 13, to be used elsewhere: flat [P], summed in float32; but for
+    rounding <h, g_s> and <h, g_u> are not negative, unless one of the two vanishes."""
     strategy = "pos_meo" if magnitude_enhancement else "pos"
-    weights = integration_weights(inner_products(g_sup, g_unsup), strategy).to(g_sup.dtype)
-    return weights[SUP] * g_sup + weights[UNSUP] * g_unsup
+    weights = integration_weights(inner_products(g_sup, g_unsup), strategy).float()
+    return (weights[SUP] * g_sup.float() + weights[UNSUP] * g_unsup.float()).to(g_sup.dtype)
 
 
 def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def gradient_statistics(products: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
     def min_cosine(w_sup: Tensor | float, w_unsup: Tensor | float) -> Tensor:
         along = w_sup * products[:2] + w_unsup * products[1:]  # <h, g_s>, <h, g_u>
-        norms = combined_norm(products, w_sup, w_unsup) * products[::2].sqrt()
+        norms = combined_norm(products, w_sup, w_unsup) * products[::2].sqrt()  # |h| |g_s|, ...
         return torch.where(norms > 0, along / norms, 0.0).min()
 
     uniform, taken = min_cosine(0.5, 0.5), min_cosine(*weights)
@@ -232,7 +232,7 @@ def make_views(batch: dict[str, Tensor], crop: int, photometry: Photometry) -> d
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
-    """Eq. 1, a mean over labeled pixels: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
+    """Eq. 1, over labeled pixels, or OHEM's: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
     # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
@@ -336,7 +336,7 @@ def train(config: Config) -> None:
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, config.iterations, power=0.9)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    evaluated = model  # of V2 the average of its weights, the teacher
+    evaluated = model  # with --ema-decay the average of its weights, of V2 the teacher
     if config.ema_decay:
         evaluated = state["ema"] = make_ema(model)
     losses = (partial(unimatch_v2_losses, network, evaluated) if is_v2
@@ -347,7 +347,7 @@ def train(config: Config) -> None:
     start = checkpoint.load()
     log = Log(checkpoint, start, 2 * config.batch_size)
     loader = training_loader(data, config.crop, config.batch_size, config.seed, start,
-                             config.iterations, device, True, config.num_workers)
+                             config.iterations, device, num_workers=config.num_workers)
 
     scores = partial(evaluate, evaluated, data, config.eval_split, config.crop, device,
                      config.num_workers)
@@ -376,7 +376,7 @@ def train(config: Config) -> None:
         optimizer.step()
         schedule.step()
         if config.ema_decay:
-            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))
+            update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))  # first a plain mean
 
         if "truth" in views:  # for the log only
             known = used * (views["truth"] != IGNORE)
@@ -406,7 +406,7 @@ def landscape(config: Config) -> None:
     as long as the checkpoint's own filters.
 
     (L_sup + L_unsup) / 2 of fixed batches, in evaluation mode; L_unsup on the strong views alone,
-    with the pseudo labels of the unmoved weights.
+    without dropout, with the pseudo labels of the unmoved weights.
     """
     _, world_size, device = init_distributed(config.device)
     require(world_size == 1, "--landscape runs in one process")

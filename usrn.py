@@ -12,7 +12,7 @@ clusters cells, means of 2 x 2 features (PSPNet: of one), and unlabeled losses a
     Eq. 2         losses on classes and on subclasses        supervised_loss
     Eq. 3         S: pseudo labels above gamma               select
     Eq. 4, 6, 7   regularized labels; M; the gate            regularize, entropy_gate
-    Eq. 4, 5, 7   losses on pseudo labels                    weighted_loss
+    Eq. 4, 5, 7   losses; 5 is L_st^sub of Eq. 8             weighted_loss
     Eq. 8         the total                                  usrn_loss
     Eq. 9         class balance rate                         class_balance_rate
 
@@ -21,7 +21,7 @@ Run
     torchrun --nproc_per_node=8 usrn.py --dataset pascal --labeled usrn_331 --backbone resnet50
 Ablations: --model (Table 3), --clustering (4), --share (5), --threshold (6), --architecture (9).
 A run folder holds supervised/ (stage 1) and subclasses/ (stage 2), used again where they are there.
-Results, figures and all differences from the paper and the released code: .docs/usrn.md
+Results, figures and differences from the paper and the released code: .docs/usrn.md
 """
 
 import math
@@ -54,7 +54,7 @@ PARTS = ("MSL",  # supervised losses on classes and on subclasses, Eq. 2
 MODELS = {"baseline": (), "self-training": ("OST",), "I": PARTS[:1], "II": PARTS[:2],
           "III": PARTS[:3], "IV": PARTS[:4], "USRN": PARTS}  # Table 3
 STAGE_3_OPTIONS = ("threshold", "gate", "lambda_sub", "lambda_u", "clustering", "share",
-                   "max_subclasses")
+                   "max_subclasses")  # stage 1 has their defaults: one serves all rows
 
 
 @dataclass
@@ -139,7 +139,7 @@ def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
     logits [B, C, H, W], label [B, H, W], 255 = ignore.
     """
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
-    total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
+    total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()  # scaled up to all
     # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
@@ -194,7 +194,7 @@ class USRN(nn.Module):
 
 def make_views(batch: dict[str, Tensor], photometry: Photometry,
                parent_of: Tensor | None) -> dict[str, Tensor]:
-    """Weak crops, uint8 -> normalised views; with `parent_of` [K] labels come as subclasses."""
+    """Weak crops, uint8 -> normalised views; with `parent_of` [K] "label" holds subclasses."""
     views = {**batch, "labeled": normalize(batch["labeled"])}
     if parent_of is not None:
         parents = F.pad(parent_of, (0, IGNORE + 1 - len(parent_of)), value=IGNORE)
@@ -271,7 +271,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
 
 # ---------------------------------------------------------------- balanced k-means
 
-BLOCK = 16384  # points of which larger copies are made at once
+BLOCK = 16384  # points whose distances or prices are computed at once
 
 
 @torch.no_grad()
@@ -476,8 +476,7 @@ def make_subclasses(model: nn.Module, data: Data, files: list[Path], device: tor
     say(f"stage 2: {int(pixels.sum())} cells of {len(counts)} classes into {len(parent_of)} "
         f"subclasses; class balance rate {100 * cbr:.1f} % -> {100 * sub_cbr:.1f} %")
     return {"parent_of": parent_of.tolist(), "cells": pixels.tolist(), "sizes": sizes.tolist(),
-            "cbr_classes": cbr, "cbr_subclasses": sub_cbr, "clustering": config.clustering,
-            "most": config.max_subclasses}
+            "cbr_classes": cbr, "cbr_subclasses": sub_cbr}
 
 
 def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Tensor, Data]:
@@ -485,6 +484,7 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
     folder, steps = Path(config.output) / "subclasses", config.supervised_iterations
     record = folder / "subclasses.json"
     files = [folder / f"{k:05}_{sample.name[:60]}.png" for k, sample in enumerate(data.labeled)]
+    own = {"clustering": config.clustering, "most": config.max_subclasses, "lists": config.lists}
     if not all(file.is_file() for file in (record, *files)):
         options = {name: getattr(Config, name) for name in STAGE_3_OPTIONS}
         options |= {"iterations": steps, "eval_every": steps, "model": "baseline",
@@ -494,11 +494,11 @@ def stages_1_and_2(config: Config, data: Data, device: torch.device) -> tuple[Te
         with main_first():
             if rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-                write_json(record, make_subclasses(model, data, files, device, config))
-    made = read_json(record)
-    require(bool(made), f"{folder} must be one folder for all nodes")
-    require((made["clustering"], made["most"]) == (config.clustering, config.max_subclasses),
-            f"{folder} is of other --clustering or --max-subclasses: take another --output")
+                write_json(record, own | make_subclasses(model, data, files, device, config))
+    made = {"lists": config.lists, **read_json(record)}  # not in older ones
+    require("parent_of" in made, f"{folder} must be one folder for all nodes")
+    require(own.items() <= made.items(), f"{folder} is of other images, --clustering or "
+                                         f"--max-subclasses: take another --output")
     labeled = [Sample(sample.image, str(file.resolve()))
                for sample, file in zip(data.labeled, files)]
     classes = [f"{data.info.classes[parent]}, {k}" for k, parent in enumerate(made["parent_of"])]
@@ -572,7 +572,7 @@ def run_stages(config: Config) -> None:
     _, _, device = init_distributed(config.device)
     data = load_data(config)
     classes, most = data.info.num_classes, IGNORE  # 0 to 254: what label maps can hold
-    if data.info.embedded:  # smaller clusters are patches of images: Eq. 5 runs away, .docs/usrn.md
+    if data.info.embedded:  # with more subclasses Eq. 5 runs away further: .docs/usrn.md
         most = min(max(classes, len(data.labeled)), most)
     config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
                            amp=bf16_is_fast(device), output=f"runs/usrn_{data.tag}_{config.seed}",

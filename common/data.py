@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import Cityscapes, VOCSegmentation
@@ -102,7 +102,7 @@ DATASETS = {info.name: info for info in (
         backbone="xception65", crop=513, epochs=30, lr=0.004),
     DatasetInfo(
         "camvid", tuple(CAMVID), "30", palette=tuple(CAMVID.values()), backbone="mobilenet_v2",
-        crop=161, epochs=72, lr=0.02, head_lr_multiplier=5, evaluation="aligned", eval_batch=8),
+        crop=161, epochs=72, lr=0.02, head_lr_multiplier=5, evaluation="aligned"),
     DatasetInfo("lucchi", ("background", "mitochondrion"), "10", crop=513, epochs=400,
                 evaluation="aligned"),
     DatasetInfo("folder", (), "all", backbone="resnet50", evaluation="aligned"),
@@ -482,8 +482,11 @@ def load_data(options: DataOptions) -> Data:
         named = val + tune + train if name in ("cityscapes", "coco", "camvid") else []
         known = {sample.name: sample for sample in named}
         full = [known.get(sample.name, sample) for sample in full]
-        labeled = labeled_samples(options, info, root, train, full)
-        labeled = [known.get(sample.name, sample) for sample in labeled]
+        listed = labeled_samples(options, info, root, train, full)
+        labeled = [known.get(sample.name, sample) for sample in listed]
+        for index, (sample, own) in enumerate(zip(listed, labeled)):
+            if sample.mask and own.mask:  # the listed one, where it is there
+                labeled[index] = replace(own, mask=first_existing(root, [sample.mask, own.mask]))
     taken = {sample.image for sample in labeled}
     unlabeled = [sample for sample in full if sample.image not in taken]
     if not info.embedded or not all(sample.mask for sample in unlabeled):
@@ -491,7 +494,8 @@ def load_data(options: DataOptions) -> Data:
     own = options.labeled_list
     labeled_name = Path(own).stem if own else options.labeled or info.default_labeled
     random = "" if options.split_seed is None else f"_random{options.split_seed}"
-    tag = f"{name}_{labeled_name.replace('/', '_')}{random}"
+    place = root.resolve().name if name == "folder" else name
+    tag = f"{place}_{labeled_name.replace('/', '_')}{random}"
     data = Data(info, root, labeled, unlabeled, val, tune, tag)
     check_lists(data)
     if name == "folder":
@@ -550,6 +554,8 @@ def opened(path: Path):
     with reading(path), Image.open(path) as image:
         pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's
         require(pages == 1, f"{path} holds {pages} pictures: save each as a file of its own")
+        inverted = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        require(not inverted, f"{path} stores white as 0 (WhiteIsZero): save it as PNG")
         yield image
 
 
@@ -567,7 +573,11 @@ def eight_bits(image: Image.Image, path: Path) -> Image.Image:
 def open_image(path: Path) -> Image.Image:
     """An RGB picture, upright as its EXIF data say."""
     with opened(path) as image:
-        return eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+        deep = re.search("(RGB|LA).*;16", str(image.tile))  # of which Pillow keeps the upper byte
+        picture = eight_bits(ImageOps.exif_transpose(image), path).convert("RGB")
+    require(not deep or np.asarray(picture).max() >= 64,
+            f"{path} uses few of its 16 bits: save it with 8, or 16 of which all are used")
+    return picture
 
 
 def is_turned(path: Path) -> bool:
@@ -578,11 +588,11 @@ def is_turned(path: Path) -> bool:
 def open_mask(path: Path, num_classes: int) -> np.ndarray:
     """uint8 [H, W] of class indices and 255. Raises UserError for any other label."""
     with opened(path) as image:
-        lossy = "JPEG" in (image.format, image.info.get("compression", "").upper())  # TIFF's, too
+        lossy = "JPEG" in (image.format, str(image.info.get("compression")).upper())  # TIFF's, too
         require(not lossy and image.format != "MPO", f"{path} is a JPEG file, which invents labels "
                                                      f"at edges: save masks as PNG")
-        stored = re.search("'L;([24])'", str(image.tile))  # bits, which Pillow stretches to 0..255
-        mask = np.array(image)
+        stored = re.search("'L;([24])R?'", str(image.tile))  # bits, which Pillow stretches to 255
+        mask = np.array(ImageOps.exif_transpose(image))
         require(mask.ndim == 2, f"the mask {path} is no picture of class indices but {image.mode}")
         if stored:
             mask = mask // (255 // (2 ** int(stored[1]) - 1))
@@ -694,8 +704,7 @@ def collate_training(items: list[tuple[int, tuple]]) -> dict[str, Tensor]:
 
 def default_workers(device: torch.device) -> int:
     """Loader processes a rank: its share of the cores, at most 8; on CPUs the network needs one."""
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(8, share) if device.type == "cuda" else max(0, min(2, share - 1))
 

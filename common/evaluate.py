@@ -65,10 +65,10 @@ def iou_per_class(confusion: Tensor) -> Tensor:
     return intersection / (confusion.sum(dim=0) + confusion.sum(dim=1) - intersection)
 
 
-def head_and_tail(pixels: Sequence[int] | Tensor, k: int = 5) -> tuple[list[int], list[int]]:
-    """The k classes with most pixels, most first, and the k with fewest; at most half each."""
+def head_and_tail(pixels: Sequence[int] | Tensor) -> tuple[list[int], list[int]]:
+    """The five classes with most pixels, most first, and with fewest; at most half each."""
     order = torch.as_tensor(pixels).argsort(descending=True, stable=True).tolist()
-    k = min(k, len(order) // 2)
+    k = min(5, len(order) // 2)
     return order[:k], order[::-1][:k]
 
 

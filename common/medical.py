@@ -207,9 +207,8 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     for file in labeled + unlabeled + val + test:
         require(file.path.is_file(), f"{file.path} is listed but missing")
     scored, learned = ([file.path for file in part] for part in (val + test, labeled + unlabeled))
-    copies = copies_of(scored, learned)
-    first = min(copies, default=None)
-    require(not copies, f"{first} is of val or test, too, under another name: remove one")
+    copies = sorted(map(str, copies_of(scored, learned)))
+    require(not copies, f"{copies[:1]} is of val or test, too, under another name: remove one")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
     data = VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
     require(options.lists in (None, data.digest),
@@ -294,7 +293,7 @@ def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start:
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Of bool masks: dice, 2 |A and B| / (|A| + |B|), jaccard, |A and B| / |A or B|; 1 if empty."""
+    """Of bool masks: dice, 2 |A and B| / (|A| + |B|), jaccard, |A and B| / |A or B|; of none 1."""
     both, either = int((a & b).sum()), int((a | b).sum())
     if not either:
         return {"dice": 1.0, "jaccard": 1.0}
@@ -382,9 +381,9 @@ def evaluate_volumes(network: nn.Module, files: list[VolumeFile], info: VolumeIn
 
     Dice and Jaccard are in %, distances in voxels and (`_mm`) mm: means over classes but 0
     (`per_class`) of means over volumes (`scores`). Label 255 does not count. A class without voxels
-    in prediction or label has no distance: `empty` lists these cases, and means leave them out
-    unless `released_empty` scores them as DiffRect's test script. A mean of nothing is None. The
-    network is put into eval mode, with running statistics averaged over ranks, and back again.
+    in prediction or label has no distance: `empty` lists these cases, and means of distances leave
+    them out, unless `released_empty` scores all as DiffRect's test script. A mean of nothing is
+    None. The network is put into eval mode, with statistics averaged over ranks, and back again.
     """
     average_buffers(network)
     training = network.training

@@ -36,11 +36,11 @@ def find_files(arguments: list[Path], endings: tuple[str, ...]) -> tuple[list[Pa
     for argument in arguments:
         found = [argument] if argument.is_file() else []
         if argument.is_dir():  # without macOS's ._ doubles
-            found = [file for file in sorted(argument.iterdir()) if file.is_file()
+            found = [file for file in sorted(argument.iterdir()) if not file.is_dir()
                      and file.name.lower().endswith(endings) and not file.name.startswith(".")]
         if not found:
             problems.append(f"{argument} is no file, and no folder with any ({' '.join(endings)})")
-        files.update((file.resolve(), file) for file in found)
+        files.update((file.parent.resolve() / file.name, file) for file in found)
     return list(files.values()), problems
 
 

@@ -345,7 +345,7 @@ def writing(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError, UnicodeError) as error:  # of torch.save: a full disk
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
@@ -420,7 +420,8 @@ class Checkpoint:
         none. Raises UserError where its options, or other ranks', are different ones."""
         path, iteration = self.folder / "latest.pt", 0
         if rank() == 0:
-            self.lock()
+            with writing(self.folder / ".lock"):
+                self.lock()
         if path.is_file():
             checkpoint = read_checkpoint(path)
             with reading(path):
@@ -445,8 +446,7 @@ class Checkpoint:
     def lock(self) -> None:
         """Refuse the folder while another run is in it; the lock ends with its process."""
         path = self.folder / ".lock"
-        with writing(path):
-            self.lock_file = open(path, "a+")
+        self.lock_file = open(path, "a+")
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 

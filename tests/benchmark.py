@@ -462,7 +462,8 @@ def latent(sizes) -> None:
     config = diffrect.Config(**{**state["config"], "lists": None})
     data, size = medical.load_volumes(config), config.batch_size
     classes, released = data.info.num_classes, config.rules == "released"
-    networks = {"model": diffrect.UNet(classes, config.channels),
+    require(config.colors, "latent is not for --no-colors")
+    networks = {"model": diffrect.UNet(classes, config.channels, config.dropout),
                 "rectifier": diffrect.Rectifier(diffrect.semantic_colors(classes), config.channels)}
     for name, network in networks.items():
         network.load_state_dict(state[name])

@@ -6,8 +6,10 @@ import io
 import multiprocessing
 import os
 import shutil
+import struct
 import subprocess
 import urllib.request
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -449,6 +451,10 @@ def test_camvid(tmp_path, capsys):
     options = DataOptions(dataset="camvid", data_root=str(tmp_path))
     own = load_data(replace(options, labeled_list=f"{tmp_path}/train.txt"))
     assert own.labeled[0].image == "train/train_00.png"
+    picture(tmp_path / "noisy/a.png", mask)
+    noisy = write(tmp_path / "noisy.txt", ["train/train_03.png noisy/a.png", "train/train_04.png"])
+    own = load_data(replace(options, labeled_list=str(noisy)))
+    assert [sample.mask for sample in own.labeled] == ["noisy/a.png", "trainannot/train_04.png"]
     data = load_data(replace(options, labeled="1/12"))
     assert names(data.labeled) == ["train_06", "train_18", "train_30"]  # 36 / 3 apart
     assert "ours" in capsys.readouterr().out
@@ -483,7 +489,7 @@ def folder(tmp_path) -> DataOptions:
 
 def test_ones_own_pictures(folder, capsys):
     root, data = Path(folder.data_root), load_data(folder)
-    assert data.info.classes == ("background", "road", "a tree") and data.tag == "folder_all"
+    assert data.info.classes == ("background", "road", "a tree") and data.tag == f"{root.name}_all"
     assert len(data.labeled) == 9 and len(data.val) == 1 and data.tune == []
     masked = ["my holiday", *(f"p{number:02}" for number in range(1, 10))]
     assert sorted(names(data.labeled + data.val)) == masked
@@ -500,7 +506,7 @@ def test_ones_own_pictures(folder, capsys):
     assert "1 to 9" in error_of(load_data, replace(folder, labeled="10"))
     assert "--labeled all" in error_of(load_data, replace(folder, split_seed=1))
     whole = load_data(replace(folder, labeled="all", split_seed=1))
-    assert whole.labeled == data.labeled and whole.tag == "folder_all"
+    assert whole.labeled == data.labeled and whole.tag == data.tag
     own = str(write(root / "own.txt", [f"{data.labeled[1].image} {data.labeled[1].mask}"]))
     one = str(write(root / "one.txt", ["unlabeled/p12.png"]))
     some = load_data(replace(folder, labeled_list=own, unlabeled_list=one))
@@ -578,6 +584,22 @@ def test_pictures_whose_range_nobody_knows(tmp_path, pixels):
     assert "grey.tif" in message and "8 bits" in message
 
 
+def test_few_of_sixteen_bits_of_a_colour(tmp_path):
+    def chunk(kind: bytes, content: bytes = b"") -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    for white in (b"\x0f\xff", b"\xff\xff"):  # of which Pillow reads the first byte
+        head = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+        lines = zlib.compress((b"\0" + white * 15) * 4)
+        content = chunk(b"IHDR", head) + chunk(b"IDAT", lines) + chunk(b"IEND")
+        (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+        if white[0] == 255:
+            assert np.asarray(open_image(tmp_path / "deep.png")).min() == 255
+        else:
+            assert "16 bits" in error_of(open_image, tmp_path / "deep.png")
+
+
 def test_stacks_are_no_pictures_and_large_ones_no_bombs(tmp_path):
     first, *others = (Image.new("L", (4, 3), 90 * number) for number in range(3))
     for name in ("stack.tif", "moving.gif"):
@@ -601,9 +623,10 @@ def test_masks_of_every_kind_of_file(tmp_path):
     binary, deep = Image.fromarray(values > 10), Image.fromarray(values.astype(np.uint16))
     for image, expected in ((palette, values), (Image.fromarray(values), values), (deep, values),
                             (binary, values > 10)):
-        image.save(tmp_path / "mask.png")
-        mask = open_mask(tmp_path / "mask.png", 21)
-        assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
+        for ending in ("png", "tif", *["bmp"] * (image is not deep)):
+            image.save(tmp_path / f"mask.{ending}")
+            mask = open_mask(tmp_path / f"mask.{ending}", 21)
+            assert mask.dtype == np.uint8 and np.array_equal(mask, expected)
     for bits in (2, 4):
         few = np.arange(12, dtype=np.uint8).reshape(3, 4) % 2**bits
         Image.fromarray(few).save(tmp_path / "mask.png", bits=bits)
@@ -629,6 +652,10 @@ def test_masks_that_cannot_be(tmp_path):
     for name, options in (("mask.jpg", {}), ("jpeg.tif", {"compression": "jpeg"})):
         Image.new("L", (8, 6)).save(tmp_path / name, **options)
         assert "PNG" in error_of(open_mask, tmp_path / name, 21)
+    binary = Image.fromarray(np.eye(6) > 0)
+    binary.save(tmp_path / "white.tif", tiffinfo={262: 0})  # stored the other way round
+    for read, *more in ((open_image,), (open_mask, 21)):
+        assert "WhiteIsZero" in error_of(read, tmp_path / "white.tif", *more)
     for folder in ("trainannot", "myannot"):  # a label after the last is void in CamVid's only
         (tmp_path / folder).mkdir()
         picture(tmp_path / folder / "mask.png", np.full((4, 6), 21, np.uint8))
@@ -649,6 +676,10 @@ def test_a_photograph_that_is_turned_and_its_mask(tmp_path):
     assert "EXIF" in error_of(read_sample, Sample("photo.jpg", "stored.png"), tmp_path, 2)
     assert module.is_turned(tmp_path / "photo.jpg") and not module.is_turned(
         tmp_path / "upright.png")
+    values = np.arange(48, dtype=np.uint8).reshape(6, 8) % 2
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    mask = read_sample(Sample("photo.jpg", "turned.png"), tmp_path, 2)[1]
+    assert np.array_equal(mask, np.rot90(values, -1))
 
 
 def test_what_cannot_be_learned_from_is_said_before_the_first_step(folder, capsys):

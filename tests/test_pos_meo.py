@@ -107,6 +107,15 @@ def test_a_vanishing_gradient_gives_the_uniform_step_and_a_small_one_does_not():
     assert not pos_meo.integrate_gradients(0 * g, 0 * g).any()
 
 
+def test_a_step_of_half_precision_does_no_harm_where_gradients_are_nearly_opposite():
+    a, b = torch.randn(2, 20_000, generator=seeded(9))
+    for dtype in (torch.bfloat16, torch.float16):
+        for share in (0.55, 0.7, 0.85, 0.97):
+            pair = a.to(dtype), (0.02 * b - share * a).to(dtype)
+            step = pos_meo.integrate_gradients(*pair)
+            assert step.dtype == dtype and min(cosine(step, g) for g in pair) > -1e-3
+
+
 def test_inner_products_are_those_of_float64_whatever_the_chunk(monkeypatch):
     a, b = torch.randn(2, 640, generator=seeded(2))
     x, y = a.double().numpy(), b.double().numpy()

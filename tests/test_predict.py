@@ -60,17 +60,19 @@ def test_pictures_of_any_size(network, command, tmp_path):
     (tmp_path / "in" / "broken.jpg").write_bytes(cut)
     (tmp_path / "in" / "notes.txt").write_text("no picture, and not asked for")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "in" / "z.png").symlink_to("a.png")  # another file, though of the same content
+    (tmp_path / "in" / "gone.jpg").symlink_to("nowhere.jpg")
     given = [tmp_path / "in", tmp_path / "in" / "a.jpg", tmp_path / "in" / "sub" / "a.png",
              tmp_path / "none", tmp_path / "empty"]
     out = tmp_path / "out"
     status, said, problems = command("--output", out, *given)
-    assert status == 1 and len(problems) == 3 and said.count(" -> ") == 4
-    for name in ("none", "empty", "broken.jpg"):
+    assert status == 1 and len(problems) == 4 and said.count(" -> ") == 5
+    for name in ("none", "empty", "broken.jpg", "gone.jpg"):
         assert sum(name in line and line.startswith("error: ") for line in problems) == 1
     files = {path.name: Image.open(path) for path in out.iterdir()}
-    assert len(files) == len({name.lower() for name in files}) == 8  # nothing of the broken one
+    assert len(files) == len({name.lower() for name in files}) == 10  # nothing of the broken one
     labels = {name: file for name, file in files.items() if file.mode == "P"}
-    assert sorted(file.size for file in labels.values()) == sorted(sizes.values())
+    assert sorted(file.size for file in labels.values()) == sorted([*sizes.values(), (1, 1)])
     for name, label in labels.items():
         overlay = files[name.replace(".png", "_overlay.png")]
         assert overlay.mode == "RGB" and overlay.size == label.size

@@ -3,6 +3,7 @@ Eq. 9 as printed, loops over pixels; and its three stages as programs."""
 
 import functools
 import itertools
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -561,8 +562,11 @@ def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
     assert_identical(state(second)["model"], state(plain)["model"])
 
     (second / "latest.pt").unlink()
-    _, _, error = program(*options, "--clustering", "plain")
-    assert error.startswith(f"error: {second}/subclasses is of other --clustering")
+    record = second / "subclasses" / "subclasses.json"
+    ours, refused = record.read_text(), f"error: {second}/subclasses is of other images"
+    assert program(*options, "--clustering", "plain")[2].startswith(refused)
+    record.write_text(ours.replace(json.loads(ours)["lists"], "another"))
+    assert program(*options)[2].startswith(refused)
     shutil.rmtree(second / "subclasses")  # stage 1 is the same for all that comes later
     before = (second / "supervised" / "latest.pt").stat().st_mtime_ns
     status, out, _ = program(*options, "--clustering", "plain", "--gate", "released")
