@@ -5,6 +5,7 @@ ROOT/volumes/<name>.npz holds `image` [Z, H, W] and, if known, `label` [Z, H, W]
 The embedded phantoms are made on first use; common.prepare converts other data sets.
 """
 
+import gzip
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -145,14 +146,49 @@ def write_volume(path: Path, volume: Volume) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
-def turn(array: np.ndarray, affine: np.ndarray, back: bool = False) -> np.ndarray:
-    """A NIfTI file's [X, Y, Z] -> axes that go to the left, the back and the head (LPS), or `back`.
+def read_nifti(path: Path, first_channel: bool = False) -> tuple:
+    """(nibabel's file, its voxels [Z, Y, X] by `turn`, spacing); to be called inside `reading`."""
+    import nibabel
 
-    Only the directions in its affine count: the scales of ACDC's headers contradict each other.
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        content = gzip.decompress(content)  # to its check sum, where nibabel would not look
+    second = nibabel.Nifti2Header.may_contain_header(content)
+    file = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
+    head = type(file.header)(content[: file.header.sizeof_hdr], check=False)  # it makes 1 mm of 0
+    zooms = tuple(abs(float(zoom)) for zoom in head.get_zooms()[:3])
+    usable = all(0 < zoom < np.inf for zoom in zooms) and head.get_xyzt_units()[0] != "micron"
+    require(usable, f"{path}: voxels of {zooms} {head.get_xyzt_units()[0]}, not mm")
+    array = np.asarray(file.dataobj)
+    array = array.reshape(*array.shape[:3], -1)[..., : 1 if first_channel else None]
+    require(array.shape[3:] == (1,) and array.dtype.kind in "biuf",
+            f"{path} does not hold numbers [X, Y, Z] but {array.dtype} {list(file.shape)}")
+    axes = orientation(file)[:, 0].tolist()  # where x, y, z go
+    spacing = tuple(zooms[axes.index(axis)] for axis in (2, 1, 0))
+    return file, turn(array[..., 0], file).T, spacing
+
+
+def orientation(file) -> np.ndarray:
+    """Where the axes of a NIfTI file go, as nibabel has it, [3, 2]; but the axis between slices,
+    where they are clearly thicker than pixels, is z, however a heart's short axis lies.
+
+    The scales of the affine do not count: ACDC's headers contradict each other.
     """
+    from nibabel import io_orientation
+
+    ways, zooms = io_orientation(file.affine), np.abs(file.header.get_zooms()[:3])
+    if zooms.max() > 1.5 * np.median(zooms):
+        slices, head = zooms.argmax(), ways[:, 0].argmax()
+        ways[[slices, head], 0] = ways[[head, slices], 0]
+    return ways
+
+
+def turn(array: np.ndarray, file, back: bool = False) -> np.ndarray:
+    """A NIfTI file's [X, Y, Z] -> axes that go to the left, the back and the head (LPS), or `back`;
+    across slices: see `orientation`."""
     from nibabel import orientations
 
-    ways = [orientations.io_orientation(affine), orientations.axcodes2ornt("LPS")]
+    ways = [orientation(file), orientations.axcodes2ornt("LPS")]
     ways = ways[::-1] if back else ways
     return orientations.apply_orientation(array, orientations.ornt_transform(*ways))
 
@@ -206,9 +242,10 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     require(not shared, f"patients {shared[:3]} are in two of train, val and test: no fair score")
     for file in labeled + unlabeled + val + test:
         require(file.path.is_file(), f"{file.path} is listed but missing")
-    scored, learned = ([file.path for file in part] for part in (val + test, labeled + unlabeled))
-    copies = sorted(map(str, copies_of(scored, learned)))
-    require(not copies, f"{copies[:1]} is of val or test, too, under another name: remove one")
+    learned, chosen, tested = ([file.path for file in part]
+                               for part in (labeled + unlabeled, val, test))
+    copies = copies_of(chosen + tested, learned) | copies_of(tested, chosen)
+    require(not copies, f"{min(copies, default=None)} is in two of train, val and test, by another name")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
     data = VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
     require(options.lists in (None, data.digest),

@@ -23,7 +23,8 @@ from common.augment import normalize
 from common.data import PICTURES, TO_LABEL_ID, DatasetInfo, open_image
 from common.evaluate import MODES, Predict, change, class_probabilities, load_predictor
 from common.figures import overlay, save_indexed_png, save_png
-from common.medical import VolumeInfo, min_max, read_volume, segment_volume, turn, write_volume
+from common.medical import (VolumeInfo, min_max, read_nifti, read_volume, segment_volume, turn,
+                            write_volume)
 from common.runtime import (Parser, UserError, explain, init_distributed, reading, require,
                             run_main, write_atomically)
 
@@ -93,22 +94,14 @@ def predict_volume(predict: Predict, source: Path, target: Path, info: VolumeInf
         label = segment_volume(predict, volume.image, size, device)
         return write_volume(target, dataclasses.replace(volume, label=label))
     with reading(source):
-        import nibabel
-
-        original = nibabel.load(source)
-        image = np.asarray(original.dataobj, np.float32)
-        image = image.reshape(*image.shape[:3], -1)
-        if info.name == "prostate":
-            image = image[..., :1]  # T2, as prepared for training
-        require(image.shape[3:] == (1,) and bool(np.isfinite(image).all()),
-                f"{source} does not hold finite numbers [X, Y, Z] but {list(original.shape)}")
-        image = turn(image[..., 0], original.affine).T  # [Z, Y, X]
+        original, image, _ = read_nifti(source, info.name == "prostate")  # T2, as in training
+        require(bool(np.isfinite(image).all()), f"{source} holds numbers that are not finite")
     label = segment_volume(predict, min_max(image), size, device)
     with reading(source):  # a damaged header may show only here
         header = original.header.copy()
         header.set_data_dtype(np.uint8)
         header["cal_min"] = header["cal_max"] = 0  # the brightness that viewers would show
-        label = turn(label.T, original.affine, back=True)
+        label = turn(label.T, original, back=True)
         content = type(original)(label, original.affine, header).to_bytes()
     if target.suffix.lower() == ".gz":
         content = gzip.compress(content)

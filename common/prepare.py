@@ -13,7 +13,6 @@ names a missing one.
 """
 
 import glob
-import gzip
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from torchvision.datasets import SBDataset
 from common.augment import IGNORE
 from common.data import DATASETS, eight_bits, published_list, published_lists, voc_folder
 from common.figures import save_png
-from common.medical import Volume, min_max, turn, write_volume
+from common.medical import Volume, min_max, orientation, read_nifti, write_volume
 from common.runtime import Parser, reading, require, run_main, write_lines
 
 
@@ -201,7 +200,7 @@ def find_files(paths: list[Path], pattern: str) -> dict[str, Path]:
     found = {}
     for path in paths:
         match = re.search(f"(?:^|/){pattern}$", path.as_posix(), re.IGNORECASE)
-        if match:
+        if match and path.is_file():
             other = found.setdefault(match[1], path)
             require(other is path, f"{path} and {other} are one volume: keep one of them")
     return found
@@ -209,8 +208,11 @@ def find_files(paths: list[Path], pattern: str) -> dict[str, Path]:
 
 def read_pair(image_path: Path, label_path: Path, classes: dict[int, int]) -> Volume:
     """The volume, checked: shapes alike, intensities finite, no label without a class."""
-    image, spacing = read_array(image_path, "image")
-    values, _ = read_array(label_path, "label")
+    files, (image, values), (spacing, _) = zip(read_array(image_path, "image"),
+                                               read_array(label_path, "label"))
+    with reading(label_path):
+        require(None in files or lie_alike(*files), f"{label_path}: its header turns the label "
+                f"another way than {image_path}, and elsewhere: save it with the image's affine")
     image, values = image.astype(np.float32), values.astype(np.float64)
     require(image.shape == values.shape and image.ndim == 3,
             f"{label_path}: the label is {list(values.shape)}, its image {list(image.shape)}")
@@ -223,29 +225,26 @@ def read_pair(image_path: Path, label_path: Path, classes: dict[int, int]) -> Vo
     return Volume(min_max(image), label, spacing)
 
 
-def read_array(path: Path, name: str) -> tuple[np.ndarray, tuple[float, ...] | None]:
-    """[Z, Y, X] and its spacing in mm: an HDF5 file's array `name`, or a NIfTI file."""
+def lie_alike(*files) -> bool:
+    """Whether axes of NIfTI files have the same directions or, turned, first voxels one place."""
+    from nibabel import orientations
+
+    ways, lps = [orientation(file) for file in files], orientations.axcodes2ornt("LPS")
+    first = [file.as_reoriented(orientations.ornt_transform(way, lps)).affine[:, 3]
+             for file, way in zip(files, ways)]
+    apart = np.abs(np.subtract(*first)).max()
+    return np.array_equal(*ways) or apart < min(files[0].header.get_zooms()[:3])
+
+
+def read_array(path: Path, name: str) -> tuple:
+    """(NIfTI file or None, [Z, Y, X], spacing in mm): of HDF5 the array `name`, or of NIfTI."""
     with reading(path):
         if path.suffix.lower() == ".h5":
             import h5py
 
             with h5py.File(path) as file:
-                return file[name][()], None
-        import nibabel
-
-        content = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            content = gzip.decompress(content)  # to its check sum, where nibabel would not look
-        image = nibabel.Nifti1Image.from_bytes(content)
-        array = np.asarray(image.dataobj)
-        header = nibabel.Nifti1Header(content[:348], check=False)  # the check makes 1 mm of 0
-        zooms = tuple(abs(float(zoom)) for zoom in header.get_zooms()[:3])
-        require(all(0 < zoom < np.inf for zoom in zooms), f"{path}: voxels of {zooms} mm")
-        if path.parent.name == "imagesTr":
-            array = array.reshape(*array.shape[:3], -1)[..., 0]  # T2, beside ADC
-        axes = nibabel.io_orientation(image.affine)[:, 0].tolist()  # where x, y, z go
-        spacing = tuple(zooms[axes.index(axis)] for axis in (2, 1, 0))
-        return turn(array.reshape(array.shape[:3]), image.affine).T, spacing
+                return None, file[name][()], None
+        return read_nifti(path, path.parent.name.lower() == "imagestr")  # T2, beside ADC
 
 
 def random_splits(names: list[str], train: int, total: int, seed: int) -> dict[str, list[str]]:

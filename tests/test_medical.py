@@ -174,6 +174,8 @@ def test_lists_of_ones_own(listed, tmp_path):
         path.write_bytes((tmp_path / "volumes" / "a_1.npz").read_bytes())
         assert "a_1.npz" in refused(listed)
         path.write_text(scored)
+    (tmp_path / "volumes" / "e_1.npz").write_text("d_1")  # of test, and chosen by
+    assert "d_1.npz" in refused(listed)
 
 
 @pytest.mark.parametrize("labeled", ["0", "4", "-1", "two", "1.5", "_split2", "4_split2"])

@@ -1,5 +1,6 @@
 """Predictions of pictures and volumes: what is written, what is reported, what never happens."""
 
+import gzip
 import sys
 from dataclasses import asdict, replace
 
@@ -225,6 +226,8 @@ def test_unreadable_volumes_are_reported_and_the_others_written(for_volumes, com
     whole = nibabel.Nifti1Image(rng.integers(0, 900, (9, 8, 3)).astype(np.int16), np.eye(4))
     nibabel.save(whole, bad / "cut.nii.gz")
     (bad / "cut.nii.gz").write_bytes((bad / "cut.nii.gz").read_bytes()[:-40])
+    sound = gzip.compress(whole.to_bytes())
+    (bad / "bits.nii.gz").write_bytes(sound[:-8] + bytes(4) + sound[-4:])  # another check sum
     (bad / "noise.nii").write_bytes(rng.bytes(900))
     arrays = {"four.nii": np.zeros((9, 8, 3, 2), np.int16), "two.nii": np.zeros((9, 8), np.int16),
               "nan.nii": np.full((9, 8, 3), np.nan, np.float32)}
@@ -236,8 +239,8 @@ def test_unreadable_volumes_are_reported_and_the_others_written(for_volumes, com
     (bad / "affine.nii").write_bytes(content)
     (bad / "noise.npz").write_bytes(rng.bytes(900))
     (bad / "notes.txt").write_text("not a volume")
-    wrong = [*arrays, "affine.nii", "cut.nii.gz", "noise.nii", "noise.npz", "notes.txt",
-             "missing.npz"]
+    wrong = [*arrays, "affine.nii", "bits.nii.gz", "cut.nii.gz", "noise.nii", "noise.npz",
+             "notes.txt", "missing.npz"]
     write_volume(bad / "SHOUTED.NPZ", Volume(blobs().astype(np.float32), None, None))
     out = tmp_path / "out"
     status, said, problems = command("--output", out, bad, bad / "notes.txt", bad / "missing.npz")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common import data, prepare
 from common.data import DATASETS, DataOptions, Sample, load_data
-from common.medical import read_volume
+from common.medical import read_volume, turn
 from programs import error_of
 
 LISTS = Path("ImageSets") / "Segmentation"
@@ -442,7 +442,27 @@ def test_a_label_with_other_axes_than_its_image(tmp_path):
                  tmp_path / "turned.nii")
     volume = prepare.read_pair(tmp_path / "i.nii", tmp_path / "turned.nii", HEART)
     assert np.array_equal(volume.label, expected.label)
-    assert prepare.read_array(tmp_path / "turned.nii", "label")[1] == pytest.approx(ZOOMS[::-1])
+    assert prepare.read_array(tmp_path / "turned.nii", "label")[2] == pytest.approx(ZOOMS[::-1])
+    nibabel.save(nibabel.Nifti1Image(label.dataobj, np.eye(4)), tmp_path / "without.nii")
+    line = error_of(prepare.read_pair, tmp_path / "i.nii", tmp_path / "without.nii", HEART)
+    assert "without.nii" in line and "affine" in line
+
+
+def test_slices_stay_slices_however_a_heart_lies(tmp_path):
+    nibabel = pytest.importorskip("nibabel", reason="writes NIfTI files")
+    rng = np.random.default_rng(0)
+    array = rng.permutation(7 * 5 * 3).reshape(SHAPE).astype(np.int16)
+    expected = {frozenset(plane.ravel().tolist()) for plane in np.moveaxis(array, 2, 0)}
+    for _ in range(30):  # its axis goes left, front and down, pixels are turned at random
+        axis = rng.normal((-0.6, 0.6, -0.5), 0.15)
+        directions = np.linalg.qr(np.stack([axis, *rng.normal(size=(2, 3))], axis=1))[0]
+        affine = np.eye(4)
+        affine[:3, :3] = directions[:, [1, 2, 0]] * (1.4, 1.4, 8)
+        nibabel.save(nibabel.Nifti1Image(array, affine), tmp_path / "heart.nii")
+        file, volume, spacing = prepare.read_array(tmp_path / "heart.nii", "image")
+        assert spacing == pytest.approx((8, 1.4, 1.4))
+        assert {frozenset(plane.ravel().tolist()) for plane in volume} == expected
+        assert np.array_equal(turn(volume.T, file, back=True), array)
 
 
 @pytest.mark.parametrize(("dataset", "count", "train", "train_split2"), [
@@ -488,7 +508,7 @@ def voxel(path: Path, value: float) -> None:
     ("image", lambda path: packed(path, lambda raw: raw[:-30]), ""),
     ("image", lambda path: path.write_bytes(
         path.read_bytes()[:-8] + bytes(4) + path.read_bytes()[-4:]), "CRC"),  # its check sum: 0
-    ("image", lambda path: write_nifti(path, np.zeros((*SHAPE, 2), np.int16)), "(7,5,3)"),
+    ("image", lambda path: write_nifti(path, np.zeros((*SHAPE, 2), np.int16)), "[7, 5, 3, 2]"),
     ("image", lambda path: write_nifti(path, np.full(SHAPE, 7, np.int16)), "constant"),
     ("image", lambda path: voxel(path, np.nan), "nan"),
     ("image", lambda path: packed(path, lambda raw: raw[:88] + bytes(4) + raw[92:]), " 0.0)"),  # mm
