@@ -14,9 +14,12 @@ case "${1:-short}" in
 all | test) ;;
 real)  # a recipe: folder, which rows, options; rows' own options come last and win
     data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
-    if [[ $data == *[[:space:]]* ]]; then echo "a path without spaces: $data" >&2; exit 1; fi
+    if [[ $data == *[[:space:]\'\"\\\&]* ]]; then
+        echo "a path without spaces, quotes, \\ and &, please: $data" >&2
+        exit 1
+    fi
     folder=runs/real
-    recipes=$(grep -E "^(${3:-[^#].*}) " .docs/real.txt || true)
+    recipes=$(awk -v name="^(${3:-.*})$" '!/^#/ && $1 ~ name' .docs/real.txt)
     if [ -z "${3:-}" ]; then recipes=$(grep -v "^paper_" <<<"$recipes"); fi
     if [ -z "$recipes" ]; then echo "no recipe of .docs/real.txt is named $3" >&2; exit 1; fi
     rows=$(while read -r name which recipe; do
@@ -59,7 +62,7 @@ train() {  # seed, row, script, options: one that fails stops no other
 export -f train
 for data in shapes phantom; do "$python" -m common.synthetic --dataset "$data"; done
 status=0
-for seed in ${SEEDS:-0}; do sed "s/^/$seed /" <<<"$rows"; done |
+for seed in ${SEEDS:-0}; do sed "s/^/$seed /; s/[[:space:]]*$//" <<<"$rows"; done |
     xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -L 1 bash -c 'train "$@"' train || status=1
 for run in "$folder"/*/*/seed*; do "$python" -m common.figures "$run" 2>/dev/null || true; done
 if [ -n "${1:-}" ]; then
@@ -71,5 +74,5 @@ if [ -n "${1:-}" ]; then
     "$python" -m common.evaluate --claims $folders || true
 fi
 echo "pictures:"
-ls "$folder"/*/*/seed*/*.png "$folder"/*/*/seed*/*/subclasses.png 2>/dev/null
+ls "$folder"/*/*/seed*/*.png "$folder"/*/*/seed*/*/subclasses.png 2>/dev/null || true
 exit $status

@@ -115,11 +115,12 @@ def class_probabilities(predict: Predict, images: Tensor, mode: str, crop: int) 
     the crop's remainder by STRIDE. A convolution's stride s has feature i on pixel s i, enlarging
     with aligned corners leaves it there only on s k + 1 pixels, as UniMatch's crops have.
     "sliding": averaged over windows of crop x crop pixels that overlap by a third. The last one of
-    a row or column ends at the border; along a side shorter than the crop it is as long as that.
+    a row or column ends at the border; a side shorter than the crop is one window, aligned.
     """
     height, width = images.shape[2:]
-    if mode == "aligned":
-        below, right = ((crop - side) % STRIDE for side in (height, width))
+    if mode != "whole":
+        below, right = ((crop - side) % STRIDE if mode == "aligned" or side < crop else 0
+                        for side in (height, width))
         images = F.pad(images, (0, right, 0, below), mode="replicate")
     crop = crop if mode == "sliding" else max(images.shape[2:])  # one window of all
     stride = max(1, crop * 2 // 3)
@@ -360,9 +361,9 @@ def quantity(run: Path, name: str) -> float | None:
         name = name or ("dice" if "dice" in found else "miou")
         if name in found or file:
             return found.get(name)
-        lines = read_metrics(run)
-        begin = 2 / 3 * lines[-1]["iteration"]
-        values = [line.get(name) for line in lines if line["iteration"] > begin]
+        lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+        values = [line.get(name) for line in lines
+                  if line["iteration"] > 2 / 3 * lines[-1]["iteration"]]
     values = [value for value in values if value is not None]
     return statistics.fmean(values) if values else None
 

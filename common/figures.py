@@ -131,8 +131,10 @@ def fit(picture: np.ndarray, reduction: Image.Resampling) -> Image.Image:
 
 def panels(height: float, *widths: float):
     """(figure, [axes]): a row of panels, in inches."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # of class names with $
     figure = Figure(figsize=(sum(widths), height), layout="constrained")
     return figure, figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
 

@@ -153,8 +153,10 @@ def read_nifti(path: Path, first_channel: bool = False) -> tuple:
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         content = gzip.decompress(content)  # to its check sum, where nibabel would not look
-    second = nibabel.Nifti2Header.may_contain_header(content)
-    file = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(content)
+    kinds = [kind for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)
+             if kind.header_class.may_contain_header(content)]
+    require(bool(kinds), f"{path} is no NIfTI file")
+    file = kinds[0].from_bytes(content)
     head = type(file.header)(content[: file.header.sizeof_hdr], check=False)  # it makes 1 mm of 0
     zooms = tuple(abs(float(zoom)) for zoom in head.get_zooms()[:3])
     usable = all(0 < zoom < np.inf for zoom in zooms) and head.get_xyzt_units()[0] != "micron"
@@ -245,7 +247,8 @@ def load_volumes(options: VolumeOptions) -> VolumeData:
     learned, chosen, tested = ([file.path for file in part]
                                for part in (labeled + unlabeled, val, test))
     copies = copies_of(chosen + tested, learned) | copies_of(tested, chosen)
-    require(not copies, f"{min(copies, default=None)} is in two of train, val and test, by another name")
+    first = min(copies, default=None)
+    require(not copies, f"{first} is in two of train, val and test, by another name: remove one")
     drawn = "" if options.split_seed is None else f"_random{options.split_seed}"
     data = VolumeData(info, root, labeled, unlabeled, val, test, f"{info.name}_{wanted}{drawn}")
     require(options.lists in (None, data.digest),

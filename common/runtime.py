@@ -623,6 +623,8 @@ class Log:
         self.results = {"method": checkpoint.method, "last": None, "best": None}
         if start:
             self.results |= read_json(self.folder / "results.json")
+        elif rank() == 0:  # of a run whose latest.pt is gone
+            (self.folder / "results.json").unlink(missing_ok=True)
         self.tensorboard = None
         if config["tensorboard"] and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter

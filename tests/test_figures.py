@@ -110,7 +110,7 @@ def test_calibration(drawn, tmp_path, classes):
     bins = [{"upper": (m + 1) / 5, "share": m / 10, "accuracy": m / 8} for m in range(5)]
     bins[0]["accuracy"] = None
     results = {"confusion": confusion.tolist(), "reliability": bins, "ece": 0.0423}
-    names = [f"class {c}" for c in range(classes)]
+    names = [f"class {c} $^$" for c in range(classes)]  # no formula
     figures.plot_calibration(results, names, tmp_path / "new" / "figure.png")
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["figure.png"]
     left, right = drawn[0][0].axes

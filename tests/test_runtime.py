@@ -521,4 +521,5 @@ def test_results_hold_the_last_and_the_best(tmp_path, capsys):
     resumed = log_in(tmp_path, start=8)
     assert resumed.results["best"]["iteration"] == 5 and not resumed.evaluation_is_due(8)
     assert log_in(tmp_path, start=0).results["best"] is None  # another run in the same folder
+    assert not (tmp_path / "results.json").exists()
     assert "no pixel" in error_of(log.note_evaluation, 9, {"miou": None})
