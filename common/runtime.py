@@ -107,7 +107,7 @@ def complain(line: str) -> None:
     """To stderr; under torchrun once for a node's ranks, and below the launcher's own report."""
     launcher, run = os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID")
     try:
-        ended = os.pidfd_open(launcher) if run else None
+        ended = os.pidfd_open(launcher) if run and "RANK" in os.environ else None
     except (AttributeError, OSError):  # not Linux, or a container that forbids it
         ended = None
     if ended is None:
@@ -159,6 +159,9 @@ class RunOptions:
 # A run may be resumed with other values of these; --lr and --weights: see `check_options`.
 RESUMABLE = {field.name for field in dataclasses.fields(RunOptions)} - {"eval_split"}
 RESUMABLE |= {"data_root", "download"}
+# So may the ranks of one run: nothing that they meet at depends on these.
+RANKS_OWN = {"output", "num_workers", "device", "tensorboard", "data_root", "download"}
+LOCKS = []  # of this process' run folders, also of those that it has done with
 
 
 class Parser(argparse.ArgumentParser):
@@ -217,7 +220,7 @@ def init_distributed(device: str | None = None) -> tuple[int, int, torch.device]
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ and not dist.is_initialized():
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
         dist.new_group(backend="gloo", timeout=timedelta(minutes=5))  # can the nodes meet?
         if sys.version_info < (3, 12) and hasattr(os, "fork"):
@@ -432,10 +435,11 @@ class Checkpoint:
                 iteration = checkpoint["iteration"]
                 self.restore_rng(checkpoint["rng"], iteration)
             say(f"resuming {self.folder} at iteration {iteration}")
-        ranks = [{**self.config, "iteration": iteration}] * world_size()
+        weights = Path(str(self.config.get("weights"))).name  # in a folder of each node's
+        ranks = [{**self.config, "iteration": iteration, "weights": weights}] * world_size()
         if dist.is_initialized():
             dist.all_gather_object(ranks, ranks[0])
-        differing = [name for name in sorted(ranks[0].keys() - RESUMABLE - {"weights"})
+        differing = [name for name in sorted(ranks[0].keys() - RANKS_OWN)
                      if any(other[name] != ranks[0][name] for other in ranks)]
         require(not differing, f"nodes differ in {', '.join(differing)}: they need the same data "
                                f"and options, and one folder {self.folder}")
@@ -446,19 +450,18 @@ class Checkpoint:
     def lock(self) -> None:
         """Refuse the folder while another run is in it; the lock ends with its process."""
         path = self.folder / ".lock"
-        self.lock_file = open(path, "a+")
+        LOCKS.append(lock := open(path, "a+"))
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
             try:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(f"{self.folder} is in use by {path.read_text()}") from None
             except OSError as error:  # file systems without locks
                 say(f"{self.folder} cannot be locked ({error.strerror}): start one run in it only")
-        self.lock_file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=self.lock_file,
-              flush=True)
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
         for left_behind in self.folder.glob(".*.part"):  # by a run that was killed
             left_behind.unlink()
 

@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lines; the plan was 450, 510 and 530 for pos_meo, usrn and diffrect, 2,600 for common/, 5,000 for
 # the product and 7,000 for the tests, whose limits here are what there is.
 METHODS = {"daw": 355, "pos_meo": 453, "diffmatch": 500, "usrn": 596, "diffrect": 565}
-COMMON_LINES = 4_687  # of common/*.py together
-PRODUCT_LINES = 7_156  # of both
-TEST_LINES = 8_442
+COMMON_LINES = 4_690  # of common/*.py together
+PRODUCT_LINES = 7_159  # of both
+TEST_LINES = 8_445
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
 FILES = {"LICENSE", "README.md", "common", "requirements.txt", "run_all.sh", "tests"}

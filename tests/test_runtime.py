@@ -305,9 +305,11 @@ def test_damaged_and_foreign_checkpoints(tmp_path):
 def test_a_line_is_said_where_the_launcher_cannot_be_watched(monkeypatch, capfd):
     forbidden = mock.Mock(side_effect=PermissionError)  # as by a container's rules
     monkeypatch.setattr(os, "pidfd_open", forbidden)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    runtime.complain("error: no list")
-    assert capfd.readouterr().err == "error: no list\n" and forbidden.called
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # alone it is left over in a shell
+    for started in (False, True):
+        runtime.complain("error: no list")
+        assert capfd.readouterr().err == "error: no list\n" and forbidden.called == started
+        monkeypatch.setenv("RANK", "0")
 
 
 def test_reading_names_the_file_and_the_reason():
@@ -440,10 +442,10 @@ def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(tmp_path, capsys
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
-    first = Run(tmp_path / "run")
+    folder = Run(tmp_path / "run").folder  # of a stage that is done, whose process lives
 
     def second() -> None:  # locks are between processes
-        line = error_of(Run, first.folder)
+        line = error_of(Run, folder)
         assert f"in use by process {os.getppid()} on {socket.gethostname()}" in line
 
     in_processes(second, [()])
@@ -455,11 +457,12 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, monkeypatch, capsys):
 
 def test_nodes_with_other_options_or_without_a_shared_folder_are_refused(tmp_path):
     def work(rank: int) -> str:
-        Run(tmp_path / str(rank)).train(until=5)
-        return error_of(Run, tmp_path / str(rank), seed=rank)
+        run, weights = tmp_path / str(rank), f"node{rank}/run.pth"
+        Run(run, weights=weights).train(until=5)
+        return error_of(Run, run, seed=rank, log_every=4 + rank, weights=weights)
 
     for line in on_ranks(work, tmp_path):
-        assert "differ in iteration, seed:" in line and "one folder" in line
+        assert "differ in iteration, log_every, seed:" in line and "one folder" in line
 
 
 def log_in(folder, start=0, every=2, tensorboard=False) -> Log:
