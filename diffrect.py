@@ -417,7 +417,7 @@ def fixmatch_loss(strong, weak, label, used, valid, released=False) -> Tensor:
     if not released:
         return loss
     probs = strong.float().softmax(dim=1)
-    share = probs.flatten(2) / probs.sum(dim=(2, 3))[..., None]  # its entropy: how spread a class
+    share = F.normalize(probs.flatten(2), p=1, dim=2, eps=1e-30)  # its entropy: how spread a class
     entropy = -(share * share.clamp(min=1e-7).log()).sum(dim=2) / math.log(share.shape[2])
     complementary = mask_loss(1 - probs, weak.detach().argmin(dim=1), valid, valid, dice=False)
     return loss + (1 - entropy.mean()).square() * complementary

@@ -366,9 +366,9 @@ def balanced_assignment(cost: Tensor, price: Tensor) -> tuple[Tensor, Tensor]:
         # Ends of a path: 0 where a point may go or come, -far where it must, far where it must not.
         leave = far * ((sizes <= smallest) * 1.0 - (sizes > largest))
         enter = far * ((sizes >= largest) * 1.0 - (sizes < smallest))
-        distance, before = shortest_paths(edge, leave, 1e-12 * far)
+        distance, before = shortest_paths(edge, leave, 1e-14 * far)
         b = int((distance + enter).argmin())
-        if distance[b] + enter[b] > -1e-11 * far:  # all prefer where they are at these prices
+        if distance[b] + enter[b] > -1e-13 * far:  # all prefer where they are at these prices
             return torch.from_numpy(cluster), torch.from_numpy(distance.mean() - distance)
         while before[b] >= 0:
             a = before[b]

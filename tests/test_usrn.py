@@ -549,6 +549,16 @@ def test_three_stages_that_were_stopped_and_that_were_not(program, tmp_path):
     assert_near(saved["subclass_model"][name], saved["model"][name], rel=0.5)
 
 
+def test_clusters_end_balanced_beside_a_cell_far_away():
+    generator = torch.Generator().manual_seed(57)
+    torch.randint(2, 12, (), generator=generator)
+    features = torch.rand(150, 4, generator=generator)
+    features *= 10 ** float(-torch.rand((), generator=generator))
+    features[0] = 3e3
+    sizes = usrn.balanced_kmeans(features.half(), 7, 0).bincount(minlength=7)
+    assert sizes.min() >= 21 and sizes.max() <= 22
+
+
 def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
     first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
     common = ("--iterations", 2, "--share", "none", "--output")
