@@ -35,7 +35,7 @@ from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize,
                             to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
-from common.evaluate import evaluate, write_samples
+from common.evaluate import evaluate, pixel_accuracy, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, cutmix_partner, init_distributed, make_ema,
@@ -111,7 +111,7 @@ def tradeoff(weight, mu_pos, var_pos, mu_neg, var_neg, num_classes: int) -> tupl
 
 def align_distribution(probs: Tensor, labeled_mean: Tensor, unlabeled_mean: Tensor) -> Tensor:
     """Eq. 12: probs [B, C, H, W] times E_l / E_u ([C] each), normalised over classes."""
-    aligned = probs * (labeled_mean / unlabeled_mean).to(probs.dtype).view(1, -1, 1, 1)
+    aligned = probs * (labeled_mean / unlabeled_mean).float().view(1, -1, 1, 1)
     return aligned / aligned.sum(dim=1, keepdim=True)
 
 
@@ -143,7 +143,7 @@ def confidence_sums(probs: Tensor, label: Tensor) -> Tensor:
 
 def class_sums(probs: Tensor, mask: Tensor) -> Tensor:
     """For Eq. 12: sums of probs [B, C, H, W] over mask [B, H, W], and its pixels: [C + 1]."""
-    sums = (probs * mask[:, None]).sum(dim=(0, 2, 3))
+    sums = (probs.float() * mask[:, None]).sum(dim=(0, 2, 3))
     return torch.cat([sums, mask.sum()[None]]).double()
 
 
@@ -256,9 +256,7 @@ def daw_loss(network, views: dict, statistics: Statistics, weighting: str, thres
     terms = {"loss": loss, "loss_sup": loss_sup, "loss_unsup": loss_unsup,
              "used": weight.sum() / mean_over_ranks(views["valid"].sum())}
     if "truth" in views:  # for the log only
-        known = weight * (views["truth"] != IGNORE)
-        right = known * (pseudo_label == views["truth"])
-        terms["used_accuracy"] = right.sum() / known.sum()  # nan where none: Log leaves it out
+        terms["used_accuracy"] = pixel_accuracy(pseudo_label, views["truth"], weight)
     return loss, terms
 
 
@@ -273,8 +271,8 @@ def describe(statistics: Statistics, threshold: float) -> dict[str, float]:
             "shift": statistics.class_mean.diff(dim=0).abs().sum() / 2}
     for name in WEIGHTINGS:
         cut = t_star if name == "daw" else threshold
-        errors = tradeoff(lambda p: pseudo_label_weight(p, name, cut), *gaussians)
-        line[f"E1_{name}"], line[f"E2_{name}"] = errors
+        weight = partial(pseudo_label_weight, weighting=name, threshold=cut)
+        line[f"E1_{name}"], line[f"E2_{name}"] = tradeoff(weight, *gaussians)
     return {name: round(float(value), 5) for name, value in line.items()}
 
 
@@ -337,9 +335,8 @@ def train(config: Config) -> None:
         if config.ema_decay:
             update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))  # first a plain mean
 
-        if means := log.step(step, terms):
-            more = {} if config.supervised else describe(statistics, config.threshold)
-            log.write(step, {**means, **more})
+        due = log.line_is_due(step) and not config.supervised
+        log.step(step, terms, describe(statistics, config.threshold) if due else None)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     write_samples(evaluated.eval(), data, config.crop, device, checkpoint.folder / "samples.png")

@@ -34,7 +34,7 @@ from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize,
                             to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
-from common.evaluate import evaluate, write_samples
+from common.evaluate import evaluate, pixel_accuracy, write_samples
 from common.models import DeepLabV3Plus, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, all_reduce_sum,
                             bf16_is_fast, cutmix_partner, init_distributed, mean_over_ranks, option,
@@ -129,7 +129,7 @@ def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
     scaled: f / (C p) is made to sum to one and a constant for the gradient, which thus pulls f
     towards it, mostly from head to tail classes. printed: neither, which moves f to the head.
     """
-    probs = logits.softmax(dim=1)
+    probs = logits.float().softmax(dim=1)
     debiased = probs / (len(class_prior) * class_prior).to(probs).view(1, -1, 1, 1)
     if adjustment == "scaled":
         debiased = F.normalize(debiased.detach(), p=1, dim=1)
@@ -360,7 +360,7 @@ def view_loss(logits: Tensor, target: Tensor, t: Tensor, class_prior: Tensor, co
     OHEM of the hard ones, plus Eq. 9 of known pixels; divided by the known ones, of all ranks.
     logits [B, C, H, W], target [B, 2, H, W]: known and used labels, prior [C], t [B]."""
     known, used = target[:, 0] != IGNORE, target[:, 1]
-    loss = F.cross_entropy(logits, used, ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(logits.float(), used, ignore_index=IGNORE, reduction="none")
     total = hard_pixel_loss(loss, used, ohem) if ohem else loss.sum()
     penalty = debias_penalty(logits, class_prior, t, config.tau, config.adjustment) * known
     return (total + penalty.sum()) / mean_over_ranks(known.sum())
@@ -413,9 +413,7 @@ def describe(pseudo: Tensor, views: dict, prior: ClassPrior, classes: tuple) -> 
     maps, terms = {"pseudo": label, "used": used}, {"used": (used != IGNORE).sum() / pixels}
     if "truth" in views:
         truth = maps["true"] = views["truth"].long()
-        known = (used != IGNORE) & (truth != IGNORE)
-        right = known & (used == truth)
-        terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
+        terms["used_accuracy"] = pixel_accuracy(used, truth, used != IGNORE)
     shares = {kind: class_counts(map_, len(classes)) / pixels for kind, map_ in maps.items()}
     for kind, values in {**shares, "prior": prior.pseudo_labels}.items():
         terms |= {f"{kind} {name}": value for name, value in zip(classes, values)}
@@ -474,8 +472,7 @@ def train(config: Config) -> None:
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
 
-        if means := log.step(step, terms):
-            log.write(step, means)
+        log.step(step, terms)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     write_samples(sampler.eval(), data, config.crop, device, checkpoint.folder / "samples.png")

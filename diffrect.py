@@ -165,7 +165,9 @@ def add_noise(z0: Tensor, alpha_bar: Tensor, noise: Tensor) -> Tensor:
 def reverse_step(z_t: Tensor, z0: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor,
                  noise: Tensor | None = None) -> Tensor:
     """Eq. 3, 12, given the predicted z0; noise: their eta, N(0, I). Without it, as released, the
-    step is DDIM's. Latents [B, D, h, w]; alpha_bar 0-d, of this step and of the one it leads to."""
+    step is DDIM's. Latents [B, D, h, w], half ones in float32; alpha_bar 0-d, of this step, of the
+    one it leads to."""
+    z_t, z0 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z_t, z0))
     epsilon = (z_t - alpha_bar.sqrt() * z0) / (1 - alpha_bar).sqrt()
     if noise is None:
         return add_noise(z0, alpha_bar_next, epsilon)
@@ -335,11 +337,9 @@ class Rectifier(nn.Module):
         In training, batch norms take the batch's statistics, and update the running ones; dropout
         is off (ours). released: steps T and 1 only, without noise; clean latents are clamped.
         """
-        training = self.training
-        self.train(training and self.batch_statistics)
-        for part in self.modules():
-            if isinstance(part, nn.Dropout):
-                part.eval()
+        modes = {part: part.training for part in self.modules()}  # frozen ones stay in eval mode
+        for part in modes:
+            part.training &= self.batch_statistics and not isinstance(part, nn.Dropout)
         guidance = self.guidance(TAU_SCALE * tau)
         features = self.embed(labels, slices, guidance, self.slice_encoder(slices, guidance))
         if self.denoiser is not None:
@@ -353,7 +353,8 @@ class Rectifier(nn.Module):
                 latent = reverse_step(latent, clean, alpha_bar[step], alpha_bar[following], noise)
             features.append(latent)
         logits = self.decoder(features, guidance)
-        self.train(training)
+        for part, training in modes.items():
+            part.training = training
         return logits
 
 
@@ -532,8 +533,7 @@ def train(config: Config) -> None:
 
         for name, labels in maps.items() if "truth" in batch else ():  # embedded: for the log
             terms[name] = dice_coefficient(labels, batch["truth"], classes).mean()
-        if means := log.step(step, {"loss": loss, **terms}):
-            log.write(step, means)
+        log.step(step, {"loss": loss, **terms})
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     if data.test:

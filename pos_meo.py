@@ -38,7 +38,8 @@ from common.augment import (IGNORE, Photometry, cutmix, cutmix_boxes, normalize,
                             to_float)
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import DataOptions, load_data, training_loader
-from common.evaluate import data_options, evaluate, finite, load_predictor, write_samples
+from common.evaluate import (data_options, evaluate, finite, load_predictor, pixel_accuracy,
+                             write_samples)
 from common.figures import filter_normalized_direction
 from common.models import DPT, DeepLabV3Plus, hard_pixel_loss
 from common.runtime import (Checkpoint, Log, Milestones, RunOptions, all_reduce_sum, bf16_is_fast,
@@ -306,12 +307,12 @@ def train(config: Config) -> None:
         name = data.info.name.split("_")[0]
         require(name in UNIMATCH_V2, f"no UniMatch V2 recipe for {name}: --baseline unimatch_v1")
         data = replace(data, info=replace(data.info, **UNIMATCH_V2[name]))
-    config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
-                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4)
     pareto = config.strategy.startswith("pos")
-    part = 2 if data.info.embedded else 20  # warm-up of steps // part, until L_sup nears L_unsup
     steps = data.recipe(config.batch_size, None)["iterations"]  # a shorter run needs no fewer
-    config = with_defaults(config, amp=bf16_is_fast(device), warmup=steps // part if pareto else 0,
+    warmup = steps // (2 if data.info.embedded else 20)  # until L_sup nears L_unsup
+    config = with_defaults(config, **data.recipe(config.batch_size, config.epochs),
+                           ema_decay=0.996 if is_v2 else 0.0, weight_decay=0.01 if is_v2 else 1e-4,
+                           amp=bf16_is_fast(device), warmup=warmup if pareto else 0,
                            output=f"runs/pos_meo_{data.tag}_{config.seed}")
     require(not is_v2 or config.ema_decay > 0, "unimatch_v2 needs --ema-decay above 0")
     fixed = config.strategy == "fixed"
@@ -379,11 +380,8 @@ def train(config: Config) -> None:
             update_ema(evaluated, model, min(1 - 1 / step, config.ema_decay))  # first a plain mean
 
         if "truth" in views:  # for the log only
-            known = used * (views["truth"] != IGNORE)
-            right = known * (pseudo_label == views["truth"])
-            terms["used_accuracy"] = right.sum() / known.sum()  # nan of a rank with none: left out
+            terms["used_accuracy"] = pixel_accuracy(pseudo_label, views["truth"], used)
         if means := log.step(step, terms):
-            log.write(step, means)
             collapsed = means["one_class"] == 1 and means["loss_sup"] >= 3 * min(log.sup_losses)
             covered = step % config.log_every or config.log_every  # steps of this line
             require(not (pareto and covered >= MIN_ONE_CLASS_STEPS and collapsed), COLLAPSED)

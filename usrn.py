@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from common.augment import IGNORE, Photometry, normalize, strong_augment, to_float
 from common.backbones import checkpoint_activations, load_strictly, random_weights_like
 from common.data import Data, DataOptions, EvaluationSet, Sample, load_data, training_loader
-from common.evaluate import evaluate, write_samples
+from common.evaluate import evaluate, pixel_accuracy, write_samples
 from common.figures import colorize, sample_grid, save_indexed_png, voc_palette
 from common.models import ARCHITECTURES, hard_pixel_loss, resize
 from common.runtime import (KEEP_BUFFERS, Checkpoint, Log, Milestones, RunOptions, bf16_is_fast,
@@ -83,7 +83,7 @@ class Config(DataOptions, RunOptions):
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
     head_lr_multiplier: float | None = option(None, "of the rest: --lr times this", above=0)
-    ohem: float | None = option(None, "OHEM's threshold; 15.6 % count anyway", low=0, below=1)
+    ohem: float | None = option(None, "of F's OHEM (ours); 15.6 % count anyway", low=0, below=1)
     weight_decay: float = option(1e-4, "of SGD", low=0)
     seed: int = option(0, "of weights, sampling and augmentation", low=0)
 
@@ -134,12 +134,9 @@ def regularize(probs: Tensor, seen: Tensor, gate: Tensor) -> Tensor:
 
 
 def supervised_loss(logits: Tensor, label: Tensor, ohem: float = 0.0) -> Tensor:
-    """L_ce of Eq. 2, a mean over labeled pixels, with OHEM (ours, for F) over the hard ones.
-
-    logits [B, C, H, W], label [B, H, W], 255 = ignore.
-    """
+    """Eq. 2, over labeled pixels, or OHEM's: logits [B, C, H, W], label [B, H, W], 255 = ignore."""
     loss = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
-    total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()  # scaled up to all
+    total = hard_pixel_loss(loss, label, ohem) if ohem else loss.sum()
     # The average of the ranks' gradients is then that of the mean over the global batch's pixels.
     return total / mean_over_ranks((label != IGNORE).sum())
 
@@ -263,9 +260,7 @@ def usrn_loss(network, views: dict[str, Tensor], parent_of: Tensor | None,
         labels = [("f_sub", seen, valid)] if "USR" in parts else []
         labels += [("f", own_label, valid), ("used", pseudo_label, used)]
         for name, label, chosen in (*labels, ("vetoed", own_label, vetoed)):
-            known = chosen & (truth != IGNORE)
-            right = known & (label == truth)
-            terms[f"{name}_accuracy"] = right.sum() / known.sum()  # of none: nan, left out
+            terms[f"{name}_accuracy"] = pixel_accuracy(label, truth, chosen)
     return loss, {"loss": loss, **terms}
 
 
@@ -560,8 +555,7 @@ def train(config: Config, data: Data, device: torch.device, parent_of: Tensor | 
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
 
-        if means := log.step(step, terms):
-            log.write(step, means)
+        log.step(step, terms)
         milestones.after(step)  # saves, leaves when told to, evaluates
 
     write_samples(model.eval(), data, config.crop, device, checkpoint.folder / "samples.png")

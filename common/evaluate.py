@@ -72,6 +72,13 @@ def head_and_tail(pixels: Sequence[int] | Tensor) -> tuple[list[int], list[int]]
     return order[:k], order[::-1][:k]
 
 
+def pixel_accuracy(prediction: Tensor, label: Tensor, chosen: Tensor) -> Tensor:
+    """Share of right ones among `chosen` pixels, bool or weights, that have a label; nan of none.
+    All [B, H, W]; 0-d."""
+    known = chosen * (label != IGNORE)
+    return (known * (prediction == label)).sum() / known.sum()
+
+
 def calibration_histogram(confidence: Tensor, correct: Tensor, valid: Tensor) -> Tensor:
     """Float64 [3, BINS]: pixels, sum of their confidence, number of correct ones.
 

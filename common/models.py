@@ -32,7 +32,7 @@ def hard_pixel_loss(loss: Tensor, label: Tensor, threshold: float) -> Tensor:
     limit = probability.flatten().sort().values.gather(0, last[None]).clamp(min=threshold)
     hard = valid & (probability <= limit)
     labeled, kept = all_reduce_sum(torch.stack([valid.sum(), hard.sum()]).float()).unbind()
-    return (loss * hard).sum() * (labeled / kept.clamp(min=1))
+    return (loss.float() * hard).sum() * (labeled / kept.clamp(min=1))
 
 
 def resize(x: Tensor, size) -> Tensor:

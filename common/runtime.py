@@ -316,11 +316,12 @@ def make_ema(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Parameters and running statistics: ema <- decay ema + (1 - decay) model; counters: copied."""
-    pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
-    averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    """Parameters and running statistics: ema <- decay ema + (1 - decay) model; counters: copied.
+    Weights that two layers share, a state_dict's under two names, are averaged once."""
+    pairs = dict(zip(*(net.state_dict(keep_vars=True).values() for net in (ema, model))))
+    averages, values = zip(*(pair for pair in pairs.items() if pair[0].is_floating_point()))
     torch._foreach_lerp_(averages, values, 1 - decay)
-    for average, value in pairs:
+    for average, value in pairs.items():
         if not average.is_floating_point():
             average.copy_(value)
 
@@ -644,11 +645,9 @@ class Log:
     def line_is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.total
 
-    def step(self, step: int, scalars: dict[str, Tensor]) -> dict[str, float] | None:
-        """Note 0-d tensors; every `every` steps their means over steps and ranks, nan left out.
-
-        Raises UserError for a loss that is not finite.
-        """
+    def step(self, step: int, scalars: dict[str, Tensor], more: dict | None = None) -> dict | None:
+        """Note 0-d tensors. Where a line is due, write and return their means over steps and ranks,
+        nan left out, and `more`. Raises UserError for a loss that is not finite."""
         self.pending.append({name: value.detach().float() for name, value in scalars.items()})
         self.steps += 1
         if not self.line_is_due(step):
@@ -667,7 +666,9 @@ class Log:
                 f"the loss is not finite at iteration {step}: go on from the last checkpoint with "
                 f"a lower --lr, or with --no-amp")
         means = sums.sum(dim=0) / counts.sum(dim=0)
-        return {name: round(value, 6) for name, value in zip(names, means.tolist())}
+        line = {name: round(value, 6) for name, value in zip(names, means.tolist())} | (more or {})
+        self.write(step, line)
+        return line
 
     def write(self, step: int, line: dict) -> None:
         """A line of metrics.jsonl with the speed since the last evaluation; some are shown."""

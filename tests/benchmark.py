@@ -140,11 +140,11 @@ def steps_of(method: str, options: list[str], note) -> None:
     module = importlib.import_module(method)
     log_step = module.Log.step
 
-    def noted(log, step: int, terms: dict):
+    def noted(log, step: int, terms: dict, *more):
         note(step)
         if step == WARM_UP + STEPS:
             raise StopIteration
-        return log_step(log, step, terms)
+        return log_step(log, step, terms, *more)
 
     module.Log.step = noted
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StopIteration):

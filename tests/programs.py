@@ -75,10 +75,10 @@ def refuse(script: str, monkeypatch, capfd, *arguments) -> str:
 
 def stop_at(step: int, folder: Path, program, *arguments) -> None:
     """Run the program in this process; in that step of the run in `folder` it gets a SIGTERM."""
-    def step_and_signal(log, number, terms):
+    def step_and_signal(log, number, terms, *more):
         if number == step and log.folder == folder:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(log, number, terms)
+        return original(log, number, terms, *more)
 
     original = runtime.Log.step
     with pytest.MonkeyPatch.context() as patch:

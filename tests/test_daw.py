@@ -174,6 +174,13 @@ def test_few_pixels_keep_the_old_values_and_no_variance_is_zero(wrong):
     assert [0 < value < 1e-6 for value in statistics.variance.tolist()] == [True, wrong == 10]
 
 
+def test_sums_and_alignment_of_half_precision_do_not_overflow():
+    probs = torch.rand(2, 3, 300, 300, generator=seeded(3)).softmax(dim=1)
+    means = torch.tensor([[0.6, 0.4, 1e-3], [0.7, 0.3, 1e-8]], dtype=torch.float64)
+    for function, *rest in ((daw.class_sums, probs[:, 0] > 0.3), (daw.align_distribution, *means)):
+        assert_near(function(probs.half(), *rest), function(probs, *rest), rel=1e-3)
+
+
 # ---------------------------------------------------------------- Eq. 1, 2, 13: the step
 
 

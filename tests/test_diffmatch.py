@@ -89,6 +89,16 @@ def test_penalty_moves_probability_from_head_to_tail_but_not_as_printed(adjustme
     assert loses or change.argmax(dim=1).tolist() == [[[3]]] * 3
 
 
+def test_losses_of_half_precision_do_not_overflow():
+    logits, label = draw(50, 2, 4, 99, 99), torch.randint(4, (2, 1, 99, 99), generator=seeded(51))
+    rest = label.expand(-1, 2, -1, -1), torch.ones(2), torch.tensor([0.9, 0.09, 9e-3, 1e-3])
+    for ohem in (0.0, 0.7):
+        config = diffmatch.Config(adjustment="printed")
+        losses = [diffmatch.view_loss(values, *rest, config, ohem)
+                  for values in ((9 * logits).half(), 9 * logits)]
+        assert_near(*losses, rel=1e-3)
+
+
 def test_prior_starts_at_the_labels_shares_and_follows_the_pseudo_labels():
     prior = diffmatch.ClassPrior(torch.tensor([600, 300, 0, 100]), 0.9)
     for _ in range(2):

@@ -174,6 +174,8 @@ def test_with_full_noise_a_reverse_step_is_the_posterior(step, following):
         assert mean == pytest.approx(by_bayes, abs=1e-6) and shifted > mean
         variance = (density * (grid - by_bayes) ** 2).sum()
         assert (shifted - mean) ** 2 == pytest.approx(variance, rel=1e-5)
+        half = diffrect.reverse_step(*given[:, None].half(), *steps, 0).item()
+        assert half == pytest.approx(mean, abs=3e-3)  # of what half of z_t rounds away
 
 
 # ---------------------------------------------------------------- losses
@@ -403,6 +405,9 @@ def test_the_rectifier_rectifies_with_batch_statistics_and_without_dropout(diffu
         assert diffusion_steps or torch.allclose(logits[0], logits[1], atol=1e-4)
         assert_identical(dict(rectifier.named_parameters()), before)
         assert {part.training for part in rectifier.modules()} == {training}
+        rectifier.decoder.eval()  # frozen: stays so
+        rectify(rectifier, slices)
+        assert rectifier.training is training and not rectifier.decoder.ups[0].training
     if not diffusion_steps:  # LCC alone: what the decoder makes of the mask's own latent
         with torch.no_grad():
             close(rectifier(coarse, coarse, slices, tau)[0][:2], logits)

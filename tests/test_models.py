@@ -205,6 +205,7 @@ def test_hard_pixels_one_by_one(threshold):
     assert abs(result.item() - np.mean(hard)) < 1e-6 * np.mean(hard)  # the scale is float32
     assert (logits.grad.abs().sum(1) > 0).sum() == len(hard)
     assert hard_pixel_loss(torch.zeros(1, 4, 4), torch.full((1, 4, 4), 255), threshold) == 0
+    assert hard_pixel_loss(torch.full((1, 9, 9), 4e4).half(), torch.zeros(1, 9, 9), 1) == 81 * 4e4
 
 
 def test_hard_pixels_of_two_ranks_are_those_of_one_process(tmp_path):
