@@ -410,7 +410,7 @@ def landscape(config: Config) -> None:
     require(world_size == 1, "--landscape runs in one process")
     folder, curves = Path(config.output or "runs/landscape"), {}
     for path in config.landscape.split(","):
-        changes = {"data_root": config.data_root} if config.data_root else {}
+        changes = [f"data_root={config.data_root}"] if config.data_root else []
         model, saved, _ = load_predictor(path, device, changes)
         require("alpha_unsup" in saved, f"{path} is no checkpoint of pos_meo.py")
         data, crop = load_data(data_options(saved)), saved["crop"]

@@ -7,23 +7,19 @@
 # The active Python is used where it has requirements.txt, otherwise .venv is made (by $PYTHON).
 set -euo pipefail
 cd "$(dirname "$0")"
-options=
+options= data=
 folder=runs
 rows=$(grep -v "^#" .docs/rows.txt)
 case "${1:-short}" in
 all | test) ;;
 real)  # a recipe: folder, which rows, options; rows' own options come last and win
     data=$(cd "${2:?./run_all.sh real DATA: the folder of the data sets}" && pwd)
-    if [[ $data == *[[:space:]\'\"\\\&]* ]]; then
-        echo "a path without spaces, quotes, \\ and &, please: $data" >&2
-        exit 1
-    fi
     folder=runs/real
-    recipes=$(awk -v name="^(${3:-.*})$" '!/^#/ && $1 ~ name' .docs/real.txt)
-    if [ -z "${3:-}" ]; then recipes=$(grep -v "^paper_" <<<"$recipes"); fi
+    recipes=$(awk -v name="${3:-}" '!/^#/ && (name ? $1 ~ "^(" name ")$" : !/^paper_/)' \
+        .docs/real.txt)
     if [ -z "$recipes" ]; then echo "no recipe of .docs/real.txt is named $3" >&2; exit 1; fi
     rows=$(while read -r name which recipe; do
-        awk -v name="$name" -v which="^($which)$" -v recipe="${recipe//DATA/$data}" '
+        awk -v name="$name" -v which="^($which)$" -v recipe="$recipe" '
             $1 ~ which { sub(".*/", name "/", $1); $2 = $2 " " recipe; print }' <<<"$rows"
     done <<<"$recipes") ;;
 short)
@@ -50,9 +46,10 @@ if [ "$python" = none ]; then
 fi
 if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 
-export python folder options
+export python folder options data
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 train() {  # seed, row, script, options: one that fails stops no other
+    set -- "${@//DATA/$data}"  # only here, in whole words: the path may hold spaces
     local run="$folder/$2/seed$1"
     mkdir -p "$run"
     "$python" "${@:3}" $options --seed "$1" --output "$run" >"$run/log.txt" 2>&1 ||
@@ -60,7 +57,7 @@ train() {  # seed, row, script, options: one that fails stops no other
     "$python" -m common.evaluate --table "$folder/${2%/*}" 2>/dev/null
 }
 export -f train
-for data in shapes phantom; do "$python" -m common.synthetic --dataset "$data"; done
+for name in shapes phantom; do "$python" -m common.synthetic --dataset "$name"; done
 status=0
 for seed in ${SEEDS:-0}; do sed "s/^/$seed /; s/[[:space:]]*$//" <<<"$rows"; done |
     xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -L 1 bash -c 'train "$@"' train || status=1

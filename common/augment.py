@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import rgb_to_grayscale
 
 IGNORE = 255
 BLUR_RADIUS = 8  # 17 taps: four standard deviations of the largest blur of the recipe
@@ -54,11 +55,6 @@ def per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def luminance(x: Tensor) -> Tensor:
-    """ITU-R 601 grey [B, 1, H, W]; pictures of one channel are their own."""
-    return x if x.shape[1] == 1 else 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
-
 def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
     """factor * x + (1 - factor) * reference, clamped to [0, 1]; factor [B] >= 0, 1 keeps x."""
     return torch.lerp(reference, x, per_image(factor)).clamp(0, 1)
@@ -69,7 +65,7 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, luminance(x).mean((1, 2, 3), keepdim=True), factor)
+    return blend(x, rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_sharpness(x: Tensor, factor: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 def adjust_in_order(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation as blends: factors [B, n], operations `order` [B, n]."""
     for factor, operation in zip(factors.T, order.T):
-        gray = luminance(x)
+        gray = rgb_to_grayscale(x)
         contrast = per_image(operation == CONTRAST)
         reference = torch.where(contrast, gray.mean((1, 2, 3), keepdim=True), gray)
         x = blend(x, reference * per_image(operation != BRIGHTNESS), factor)
@@ -153,7 +149,7 @@ def strong_augment(x: Tensor, photometry: Photometry = Photometry()) -> Tensor:
     jittered = adjust_hue(jittered, shift)
     jittered = adjust_in_order(jittered, factors.masked_fill(~later, 1)[:, 1:], order[:, 1:])
     x = torch.where(jitters, jittered, x)
-    x = torch.where(grays, luminance(x), x)
+    x = torch.where(grays, rgb_to_grayscale(x), x)
     return torch.where(blurs, gaussian_blur(x, sigma).clamp(0, 1), x)
 
 

@@ -349,8 +349,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], what: str) -> nn.M
     try:
         model.load_state_dict(dict(state))  # of a plain dict, counters may be missing
     except RuntimeError as error:
-        reasons = str(error).splitlines()[1:]
-        reason = textwrap.shorten(" ".join(reasons), 250)  # there may be a hundred keys
+        reason = textwrap.shorten(str(error).partition("\n")[2], 250)  # there may be 100 keys
         raise UserError(f"{what} do not fit: {reason}") from error
     return model
 

@@ -16,6 +16,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -271,7 +272,6 @@ def first_existing(root: Path, files: list[str]) -> str:
 
 def read_list(path: Path, root: Path) -> list[Sample]:
     """One sample a line: an id of VOC's, or an image path and a mask path relative to `root`."""
-    require(path.is_file(), f"no list at {path}")
     with reading(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     samples: dict[str, Sample] = {}
@@ -424,15 +424,14 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
     if options.labeled_list:
         return read_list(Path(options.labeled_list), root)
     if info.name == "folder":
-        pairs = sorted([sample for sample in train if sample.mask], key=lambda sample: sample.name)
-        if labeled == "all" and seed is None:
-            return pairs
-        count = images_asked_for(labeled, len(pairs))
-        return covering_choice(pairs, root, info.num_classes, count, seed or 0)
+        train = sorted([sample for sample in train if sample.mask], key=lambda sample: sample.name)
+    if labeled == "all" and seed is None:
+        return train
+    if info.name == "folder":
+        count = images_asked_for(labeled, len(train))
+        return covering_choice(train, root, info.num_classes, count, seed or 0)
     if seed is not None:
         return random_split(full, root, info.num_classes, labeled, seed)
-    if labeled == "all":
-        return train
     if labeled in published:
         return read_list(published_list(info.name, labeled, root, options.download), root)
     lists = {path.stem.removeprefix("labeled_"): path for path in ours.glob("labeled_*.txt")}
@@ -491,11 +490,10 @@ def load_data(options: DataOptions) -> Data:
     unlabeled = [sample for sample in full if sample.image not in taken]
     if not info.embedded or not all(sample.mask for sample in unlabeled):
         unlabeled = [Sample(sample.image, None) for sample in unlabeled]
-    own = options.labeled_list
-    labeled_name = Path(own).stem if own else options.labeled or info.default_labeled
+    chosen = Path(options.labeled_list or "").stem or options.labeled or info.default_labeled
     random = "" if options.split_seed is None else f"_random{options.split_seed}"
     place = root.resolve().name if name == "folder" else name
-    tag = f"{place}_{labeled_name.replace('/', '_')}{random}"
+    tag = f"{place}_{chosen.replace('/', '_')}{random}"
     data = Data(info, root, labeled, unlabeled, val, tune, tag)
     check_lists(data)
     if name == "folder":
@@ -516,18 +514,16 @@ def load_data(options: DataOptions) -> Data:
 
 def check_lists(data: Data) -> None:
     training, evaluation = data.labeled + data.unlabeled, data.val + data.tune
-    evaluated = {sample.image for sample in evaluation}
-    for sample in training:
-        require(sample.image not in evaluated,
-                f"{sample.image} is trained on and also in val or tune: scores would mean nothing")
+    images = [{sample.image for sample in part} for part in (training, data.val, data.tune)]
+    shared = sorted(set.union(*(a & b for a, b in itertools.combinations(images, 2))))
+    require(not shared, f"{shared[:3]} are in two of train, val and tune: no fair score")
     for sample in data.labeled + evaluation:
         require(bool(sample.mask), f"no mask is listed for {sample.image}: give an id or two paths")
     source = SOURCES.get(data.info.name, "correct the list, or put it there")
     for sample in training + evaluation:
         for file in filter(None, (sample.image, sample.mask)):
             path = data.root / file
-            require(path.name in names_in(path.parent),
-                    f"{path} is listed but missing: {source}")
+            require(path.name in names_in(path.parent), f"{path} is listed but missing: {source}")
 
 
 def copies_of(evaluated: list[Path], files: list[Path]) -> set[Path]:
@@ -588,9 +584,8 @@ def is_turned(path: Path) -> bool:
 def open_mask(path: Path, num_classes: int) -> np.ndarray:
     """uint8 [H, W] of class indices and 255. Raises UserError for any other label."""
     with opened(path) as image:
-        lossy = "JPEG" in (image.format, str(image.info.get("compression")).upper())  # TIFF's, too
-        require(not lossy and image.format != "MPO", f"{path} is a JPEG file, which invents labels "
-                                                     f"at edges: save masks as PNG")
+        lossy = {"JPEG", "MPO"} & {image.format, str(image.info.get("compression")).upper()}
+        require(not lossy, f"{path} holds JPEG data, which invent labels: save masks as PNG")
         stored = re.search("'L;([24])R?'", str(image.tile))  # bits, which Pillow stretches to 255
         mask = np.array(ImageOps.exif_transpose(image))
         require(mask.ndim == 2, f"the mask {path} is no picture of class indices but {image.mode}")
@@ -640,7 +635,7 @@ class EvaluationSet(Dataset):
 
 @dataclass
 class TrainingSet(Dataset):
-    """Weakly augmented crops. A key is (stream, index, position), see `TrainingBatches`."""
+    """Weakly augmented crops. A key is (stream, index, position), see `training_batches`."""
 
     data: Data
     crop: int
@@ -657,34 +652,22 @@ class TrainingSet(Dataset):
 # ---------------------------------------------------------------- batches
 
 
-@functools.lru_cache(maxsize=8)
-def shuffled(size: int, seed: int, stream: int, number: int) -> np.ndarray:
-    """The order of the samples in a stream's pass."""
-    return np.random.default_rng([seed, stream, number, 1]).permutation(size)
-
-
-class TrainingBatches:
+def training_batches(sizes: list[int], batch_size: int, seed: int, start: int, total: int):
     """Keys of this rank's part of each batch of `batch_size` from each stream, from step `start`.
 
     sizes: how many samples the streams have, [labeled] or [labeled, unlabeled].
     """
-
-    def __init__(self, sizes: list[int], batch_size: int, seed: int, start: int, total: int):
-        require(all(sizes), "nothing is left unlabeled: learn from labels alone, or label less")
-        require(batch_size % world_size() == 0, f"--batch-size {batch_size} cannot be shared by "
-                                                f"{world_size()} ranks: take a multiple")
-        self.sizes, self.per_rank, self.seed = sizes, batch_size // world_size(), seed
-        self.steps = range(start, total)
-
-    def __iter__(self):
-        for step in self.steps:
-            first = (step * world_size() + rank()) * self.per_rank
-            positions = range(first, first + self.per_rank)
-            yield [self.key(stream, at) for stream in range(len(self.sizes)) for at in positions]
-
-    def key(self, stream: int, position: int) -> tuple[int, int, int]:
-        number, place = divmod(position, self.sizes[stream])
-        return stream, int(shuffled(self.sizes[stream], self.seed, stream, number)[place]), position
+    require(all(sizes), "nothing is left unlabeled: learn from labels alone, or label less")
+    part, rest = divmod(batch_size, world_size())
+    require(rest == 0, f"--batch-size {batch_size} must be a multiple of {world_size()} ranks")
+    end = total * batch_size
+    orders = []  # of each stream: the samples of all its passes, each shuffled anew
+    for stream, size in enumerate(sizes):
+        rngs = (np.random.default_rng([seed, stream, n, 1]) for n in range(-(-end // size)))
+        orders.append(np.concatenate([rng.permutation(size) for rng in rngs]))
+    return ([(stream, int(order[position]), position) for stream, order in enumerate(orders)
+             for position in range(first, first + part)]
+            for first in range(start * batch_size + rank() * part, end, batch_size))
 
 
 def collate_training(items: list[tuple[int, tuple]]) -> dict[str, Tensor]:
@@ -710,7 +693,6 @@ def default_workers(device: torch.device) -> int:
 
 
 def prepare_worker(worker: int) -> None:
-    torch.set_num_threads(1)
     if hasattr(os, "setpgrp"):  # Ctrl-C for the trainer's group is the trainer's alone
         os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):  # Linux
@@ -746,7 +728,7 @@ def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: in
     batch_size: labeled images a step on all ranks together, and as many unlabeled.
     """
     sizes = [len(data.labeled), len(data.unlabeled)] if unlabeled else [len(data.labeled)]
-    batches = TrainingBatches(sizes, batch_size, seed, start, total)
+    batches = training_batches(sizes, batch_size, seed, start, total)
     check_labels(data)
     return make_loader(TrainingSet(data, crop, seed), device, num_workers, batch_sampler=batches,
                        collate_fn=collate_training)

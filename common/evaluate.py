@@ -11,7 +11,6 @@ of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, 15 bins ov
     python -m common.evaluate --claims runs/shapes runs/phantom      # .docs/claims.tsv held to them
 """
 
-import argparse
 import csv
 import dataclasses
 import importlib
@@ -30,9 +29,9 @@ from common import medical
 from common.augment import IGNORE, normalize
 from common.data import Data, DataOptions, EvaluationSet, dataset_info, load_data, make_loader
 from common.figures import plot_calibration, sample_grid
-from common.runtime import (Parser, all_reduce_sum, average_buffers, init_distributed, parse, rank,
-                            read_checkpoint, read_json, read_metrics, reading, require, run_main,
-                            say, world_size, write_json)
+from common.runtime import (RESUMABLE, Parser, all_reduce_sum, average_buffers, init_distributed,
+                            parse, rank, read_checkpoint, read_json, read_metrics, reading,
+                            require, run_main, say, world_size, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 CLAIMS = ROOT / ".docs/claims.tsv"
@@ -87,9 +86,8 @@ def calibration_histogram(confidence: Tensor, correct: Tensor, valid: Tensor) ->
     """
     edges = torch.linspace(0, 1, BINS + 1, dtype=confidence.dtype, device=confidence.device)
     bins = torch.bucketize(confidence.flatten(), edges[1:-1])
-    weight = valid.flatten().double()
-    confidence = torch.where(valid, confidence, 0).flatten().double()
-    rows = torch.stack([weight, confidence, weight * correct.flatten()])
+    rows = torch.stack([torch.ones_like(confidence), confidence, correct])
+    rows = torch.where(valid, rows, 0).flatten(1).double()
     return rows.new_zeros(3, BINS).scatter_add_(1, bins.expand(3, -1), rows)
 
 
@@ -213,22 +211,21 @@ def write_samples(predict: Predict, data: Data, crop: int, device: torch.device,
     rows = []
     for item in EvaluationSet(data.val[:6], data.root, data.info.num_classes):
         image = normalize(item["image"][None].to(device))
-        probabilities = class_probabilities(predict, image, data.info.evaluation, crop)
-        maps = probabilities.argmax(dim=1).byte().cpu().numpy()
-        rows.append((item["image"].numpy(), item["label"].numpy(), *maps))
+        maps = class_probabilities(predict, image, data.info.evaluation, crop).argmax(dim=1)
+        rows.append((item["image"], item["label"], *maps.byte().cpu()))
     sample_grid(rows, data.info.classes, data.info.palette, path, captions)
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def load_predictor(path: str | Path, device: torch.device | str, changes: dict | None = None):
+def load_predictor(path: str | Path, device: torch.device | str, changes: Sequence[str] = ()):
     """Checkpoint -> (network in eval mode, config dict, info of the data set).
 
     The network, normalised images -> logits [B, C, H, W], is what `build_predictor` of the
-    method's script makes of the EMA's weights, where there are some. `changes` replaces values
-    of the config, checked as on the command line. Raises UserError for whatever is wrong with the
-    file or the changes.
+    method's script makes of the EMA's weights, where there are some. `changes`, "name=value" each,
+    replace values of the config, checked as on the command line. Raises UserError for whatever is
+    wrong with the file or the changes.
     """
     checkpoint = read_checkpoint(path)
     with reading(path):
@@ -237,14 +234,14 @@ def load_predictor(path: str | Path, device: torch.device | str, changes: dict |
         require(method in known,
                 f"{path} is of the method {method!r}: known are {', '.join(known)}")
         script = importlib.import_module(method)
-        changes, argv = changes or {}, []
-        for name, value in changes.items():
+        argv = {}  # read together: a folder needs its classes
+        for name, _, value in (change.partition("=") for change in changes):
             require(name in config, f"{path}: {method} has no option {name!r}")
-            flag, value = name.replace("_", "-"), str(value)
+            flag = name.replace("_", "-")
             flags = {"true": f"--{flag}", "false": f"--no-{flag}"}
-            argv.append(flags.get(value.lower(), f"--{flag}={value}"))
-        options = vars(parse(script.Config, argv=argv))  # together: a folder needs its classes
-        config |= {name: options[name] for name in changes}
+            argv[name] = flags.get(value.lower(), f"--{flag}={value}")
+        options = vars(parse(script.Config, argv=[*argv.values()]))
+        config |= {name: options[name] for name in argv}
         info = medical.DATASETS.get(config["dataset"])
         info = info or dataset_info(config["dataset"], config.get("classes"))
         state = checkpoint.get("ema") or checkpoint["model"]
@@ -256,14 +253,6 @@ def data_options(config: dict, options_class=DataOptions):
     """The part of a checkpoint's config from which load_data and load_volumes make lists again."""
     names = {field.name for field in dataclasses.fields(options_class)}
     return options_class(**{name: value for name, value in config.items() if name in names})
-
-
-def change(text: str) -> tuple[str, str]:
-    """"steps=1" -> ("steps", "1")."""
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"takes NAME=VALUE, not {text!r}")
-    return name, value
 
 
 # ---------------------------------------------------------------- the table of runs
@@ -289,11 +278,13 @@ def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
             rows.setdefault(run.parent.name, {})[run.name] = run
         else:
             print(f"not finished, left out: {run}", file=sys.stderr)
+    for row, runs in rows.items():
+        first, *others = (read_json(run / "config.json") for run in runs.values())
+        differing = sorted(name for name in first.keys() - RESUMABLE - {"seed"}
+                           if any(other.get(name) != first[name] for other in others))
+        if differing:
+            print(f"warning: the runs of {row} differ in {', '.join(differing)}", file=sys.stderr)
     return rows
-
-
-def require_runs(found: bool, folders: str) -> None:
-    require(found, f"no finished run in {folders}: there is no <row>/seed<k>/results.json")
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -311,7 +302,7 @@ def table_of_runs(folder: Path, per_class: bool = False) -> str:
     """
     rows = {row: [columns(scores(run), per_class) for run in runs.values()]
             for row, runs in finished_runs(folder).items()}
-    require_runs(bool(rows), str(folder))
+    require(bool(rows), f"no finished run in {folder}: there is no <row>/seed<k>/results.json")
     titles = {tuple(one) for seeds in rows.values() for one in seeds}
     require(len(titles) == 1, f"{folder} has runs on different classes, or on images and volumes: "
                               f"put them into folders of their own")
@@ -335,14 +326,12 @@ def table_of_claims(folders: Sequence[Path]) -> str:
     interval (Student's t) and a word: "holds" or "reversed" where 0 is not in the interval, which
     one claim in twenty shows by chance. Claims for which no folder has runs are left out.
     """
-    with reading(CLAIMS):
-        claims = list(csv.DictReader(CLAIMS.read_text().splitlines(), delimiter="\t"))
     found = {folder: finished_runs(folder) for folder in folders}
-    require_runs(any(found.values()), ", ".join(map(str, folders)))
-    lines = [["claim", "paper", *map(str, folders)]]
-    for claim in claims:
-        sides = claim["higher"], claim["lower"]
-        cells = [verdict(differences(rows, *sides)) for rows in found.values()]
+    require(any(found.values()), f"no finished run in {', '.join(map(str, folders))}")
+    lines = [["claim", "paper", *map(str, found)]]
+    for claim in csv.DictReader(CLAIMS.read_text().splitlines(), delimiter="\t"):
+        cells = [verdict(differences(rows, claim["higher"], claim["lower"]))
+                 for rows in found.values()]
         if set(cells) != {"-"}:
             lines.append([claim["claim"], claim["paper"] or "-", *cells])
     return markdown(lines)
@@ -363,15 +352,13 @@ def quantity(run: Path, name: str) -> float | None:
         parts = [quantity(run, part) for part in name.split("+")]
         return None if None in parts else sum(parts)
     file, _, name = name.rpartition("/")
-    with reading(run):
-        found = read_json(run / f"{file}.json") if file else scores(run)
-        name = name or ("dice" if "dice" in found else "miou")
-        if name in found or file:
-            return found.get(name)
-        lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-        values = [line.get(name) for line in lines
-                  if line["iteration"] > 2 / 3 * lines[-1]["iteration"]]
-    values = [value for value in values if value is not None]
+    found = read_json(run / f"{file}.json") if file else scores(run)
+    name = name or ("dice" if "dice" in found else "miou")
+    if name in found or file:
+        return found.get(name)
+    lines = read_metrics(run)
+    values = [line[name] for line in lines if line.get(name) is not None
+              and line["iteration"] > 2 / 3 * lines[-1]["iteration"]]
     return statistics.fmean(values) if values else None
 
 
@@ -388,10 +375,9 @@ def verdict(values: list[float]) -> str:
 
 def columns(scores: dict, per_class: bool) -> dict[str, float | None]:
     """What the table shows of an evaluation, {title: value}."""
-    if per_class and "dice" in scores:
-        return {name: values["dice"] for name, values in scores["per_class"].items()}
     if per_class:
-        return scores["iou"]
+        dice = {name: values["dice"] for name, values in scores.get("per_class", {}).items()}
+        return scores.get("iou", dice)
     ece = scores.get("ece")
     scores = {**scores, "ece": 100 * ece} if ece else scores
     return {title: scores[name] for name, title in COLUMNS.items() if name in scores}
@@ -419,8 +405,7 @@ def report(results: dict) -> str:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m common.evaluate", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m common.evaluate", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, help="best.pt or latest.pt of a run")
     what.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of these runs")
@@ -431,8 +416,8 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("val", "test", "tune", "unlabeled"))
     parser.add_argument("--mode", choices=MODES, help="default: the data set's")
     parser.add_argument("--threshold", type=float, help="confidence from which pseudo labels count")
-    parser.add_argument("--set", type=change, nargs="+", action="extend", default=[],
-                        metavar="NAME=VALUE", help="options to change in the checkpoint's config")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+                        help="options to change in the checkpoint's config")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument("--figure", type=Path, help="draw reliability and confusion as a PNG file")
     parser.add_argument("--released-empty", action="store_true",
@@ -449,17 +434,17 @@ def main() -> None:
         import matplotlib  # noqa: F401  missing: said now, not after the work
 
     device = init_distributed(args.device)[2]
-    changes = dict(args.set) | ({"data_root": args.data_root} if args.data_root else {})
+    changes = args.set + [f"data_root={args.data_root}"] * bool(args.data_root)
     network, config, info = load_predictor(args.checkpoint, device, changes)
     results = {"checkpoint": str(args.checkpoint), "split": args.split,
-               "set": {name: config[name] for name in changes}}
+               "set": {name: config[name] for name, *_ in (word.split("=") for word in changes)}}
     of_volumes = isinstance(info, medical.VolumeInfo)
     require(not of_volumes or not args.mode and not args.figure and args.threshold is None,
             "--mode, --threshold and --figure are for images, not for volumes")
     require(of_volumes or not args.released_empty, "--released-empty is for volumes, not images")
-    load, options_class = ((medical.load_volumes, medical.VolumeOptions) if of_volumes else
-                           (load_data, DataOptions))
-    data = load(dataclasses.replace(data_options(config, options_class), lists=None))
+    load, options = ((medical.load_volumes, medical.VolumeOptions) if of_volumes else
+                     (load_data, DataOptions))
+    data = load(data_options(config | {"lists": None}, options))
     if config.get("lists") not in (None, data.digest):
         say("warning: the lists of images are not those of the training: what is scored may have "
             "been learned from")

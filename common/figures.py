@@ -47,13 +47,6 @@ def colorize(label, palette: Palette) -> np.ndarray:
     return color_table(palette)[np.asarray(label)]
 
 
-def overlay(image, label, palette: Palette, alpha: float = 0.5) -> np.ndarray:
-    """`alpha` of the label's colours over the image [H, W, 3]; ignored pixels stay bare. uint8."""
-    image, label = np.asarray(image), np.asarray(label)
-    mixed = (1 - alpha) * image + alpha * colorize(label, palette)
-    return np.where((label == IGNORE)[..., None], image, np.rint(mixed).astype(np.uint8))
-
-
 def save_png(picture: Image.Image, path: str | Path) -> None:
     write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
 
@@ -129,14 +122,15 @@ def fit(picture: np.ndarray, reduction: Image.Resampling) -> Image.Image:
 # ---------------------------------------------------------------- figures, with matplotlib
 
 
-def panels(height: float, *widths: float):
-    """(figure, [axes]): a row of panels, in inches."""
+def panels(height: float, *widths: float, rows: int = 1):
+    """(figure, axes [rows * len(widths)]): rows of panels, in inches; columns share their axes."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # of class names with $
-    figure = Figure(figsize=(sum(widths), height), layout="constrained")
-    return figure, figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    figure = Figure(figsize=(sum(widths), rows * height), layout="constrained")
+    axes = figure.subplots(rows, len(widths), width_ratios=widths, sharex="col", sharey="col")
+    return figure, axes.ravel()
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -207,46 +201,30 @@ def plot_class_shares(lines: Sequence[dict], classes: Sequence[str], path: str |
     save_figure(figure, path)
 
 
-SIGNS = {"pos": ("right", "tab:green"), "neg": ("wrong", "tab:red")}
-
-
-def draw_densities(pair, column: dict[str, np.ndarray], title: str = "") -> None:
-    """Fitted densities of right and of wrong predictions' confidences, and t*: on the first axes
-    after a tenth of the training, as averages begin far off, on the second at its end."""
-    for axes, k in zip(pair, (len(column["iteration"]) // 10, -1)):
-        p = np.linspace(column["lowest"][k], 1, 400)
-        for sign, (name, color) in SIGNS.items():
-            mu, sigma = column[f"mu_{sign}"][k], column[f"sigma_{sign}"][k]
-            density = np.exp(-(((p - mu) / sigma) ** 2) / 2)
-            axes.plot(p, density / (density.mean() * (1 - p[0])), color=color, label=name)
-        axes.axvline(column["t_star"][k], color="black", linestyle="--")
-        axes.set(xlabel="confidence", title=f"{title}iteration {column['iteration'][k]:.0f}")
-
-
-def plot_distributions(lines: Sequence[dict], path: str | Path) -> None:
-    """DAW, Figure 2; beside it the densities after a tenth of the training, and at its end."""
-    column = columns_of(lines, "t_star")
-    steps, (figure, (time, *pair)) = column["iteration"], panels(3.6, 4.3, 4.3, 4.3)
-    for sign, (name, color) in SIGNS.items():
-        mu, sigma = column[f"mu_{sign}"], column[f"sigma_{sign}"]
-        time.plot(steps, mu, color=color, label=name)
-        time.fill_between(steps, mu - sigma, mu + sigma, color=color, alpha=0.15)
-    time.plot(steps, column["t_star"], "k--", label="t*")
-    time.set(xlabel="iteration", ylabel="confidence", ylim=(0, 1.05))
-    time.legend()
-    draw_densities(pair, column)
-    save_figure(figure, path)
-
-
-def compare_distributions(runs: dict[Path, Sequence[dict]], path: str | Path) -> None:
-    """DAW, Figure 4: the densities of runs {folder: lines}, a row each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 2.6 * len(runs)), layout="constrained")
-    rows = figure.subplots(len(runs), 2, squeeze=False, sharex=True, sharey="col")
-    for (folder, lines), pair in zip(runs.items(), rows):
-        draw_densities(pair, columns_of(lines, "t_star"), "/".join(folder.parts[-2:]) + ", ")
-    rows[0, 0].legend([*(name for name, _ in SIGNS.values()), "t*"])
+def plot_distributions(runs: dict[Path, Sequence[dict]], path: str | Path) -> None:
+    """DAW, Figures 2 and 4, a row for each of {folder: lines}: the fit over the steps; densities of
+    right and of wrong predictions' confidences, and t*, after a tenth of the training, as averages
+    begin far off, and at its end."""
+    figure, grid = panels(3.6, 4.3, 4.3, 4.3, rows=len(runs))
+    for (folder, lines), (time, *pair) in zip(runs.items(), grid.reshape(-1, 3)):
+        column = columns_of(lines, "t_star")
+        steps, t_star = column["iteration"], column["t_star"]
+        ends = list(zip(pair, (len(steps) // 10, -1)))
+        for sign, name, color in (("pos", "right", "tab:green"), ("neg", "wrong", "tab:red")):
+            mu, sigma = column[f"mu_{sign}"], column[f"sigma_{sign}"]
+            time.plot(steps, mu, color=color, label=name)
+            time.fill_between(steps, mu - sigma, mu + sigma, color=color, alpha=0.15)
+            for axes, k in ends:
+                p = np.linspace(column["lowest"][k], 1, 400)
+                density = np.exp(-(((p - mu[k]) / sigma[k]) ** 2) / 2)
+                axes.plot(p, density / (density.mean() * (1 - p[0])), color=color)
+        time.plot(steps, t_star, "k--", label="t*")
+        time.set(title="/".join(folder.parts[-2:]), xlabel="iteration", ylabel="confidence",
+                 ylim=(0, 1.05))
+        time.legend()
+        for axes, k in ends:
+            axes.axvline(t_star[k], color="black", linestyle="--")
+            axes.set(xlabel="confidence", title=f"iteration {steps[k]:.0f}")
     save_figure(figure, path)
 
 
@@ -305,27 +283,25 @@ def main():
     parser = Parser(prog="python -m common.figures", description="Draw a run.")
     parser.add_argument("runs", type=Path, nargs="+", help="folder with metrics.jsonl or "
                         "landscape.json; several: DAW's Figure 4, into the first one")
-    folder, *others = parser.parse_args().runs
-    if curves := read_json(folder / "landscape.json"):
-        plot_landscape(curves, folder / "landscape.png")
-        if not others and not (folder / "metrics.jsonl").is_file():
-            return
-    runs = {run: read_metrics(run) for run in (folder, *others)}
+    runs = {run: read_metrics(run) for run in parser.parse_args().runs}
+    folder, *others = runs
     if others:
         for run, lines in runs.items():
             require(any("t_star" in line for line in lines), f"{run} has no t_star to compare")
-        return compare_distributions(runs, folder / "comparison.png")
-    lines = runs[folder]
-    keys = sorted({key for line in lines for key in line})
+        return plot_distributions(runs, folder / "comparison.png")
+    curves = read_json(folder / "landscape.json")
+    keys = sorted({key for line in runs[folder] for key in line})
     classes = [key.removeprefix("pseudo ") for key in keys if key.startswith("pseudo ")]
-    require(curves or "t_star" in keys or "cosine" in keys or classes,
+    require(bool(curves or "t_star" in keys or "cosine" in keys or classes),
             f"{folder}/metrics.jsonl has nothing to draw: no t_star, cosine or pseudo <class>")
+    if curves:
+        plot_landscape(curves, folder / "landscape.png")
     if "t_star" in keys:
-        plot_distributions(lines, folder / "distributions.png")
+        plot_distributions(runs, folder / "distributions.png")
     if "cosine" in keys:
-        plot_gradients(lines, folder / "gradients.png")
+        plot_gradients(runs[folder], folder / "gradients.png")
     if classes:
-        plot_class_shares(lines, classes, folder / "pseudo_labels.png")
+        plot_class_shares(runs[folder], classes, folder / "pseudo_labels.png")
 
 
 if __name__ == "__main__":

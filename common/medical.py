@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.augment import IGNORE, to_float
-from common.data import TrainingBatches, collate_training, copies_of, digest_of, make_loader
+from common.data import collate_training, copies_of, digest_of, make_loader, training_batches
 from common.figures import sample_grid, voc_palette
 from common.runtime import (all_reduce_sum, average_buffers, main_first, option, rank, reading,
                             require, world_size, write_atomically)
@@ -153,10 +153,7 @@ def read_nifti(path: Path, first_channel: bool = False) -> tuple:
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         content = gzip.decompress(content)  # to its check sum, where nibabel would not look
-    kinds = [kind for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)
-             if kind.header_class.may_contain_header(content)]
-    require(bool(kinds), f"{path} is no NIfTI file")
-    file = kinds[0].from_bytes(content)
+    file = nibabel.load(path)
     head = type(file.header)(content[: file.header.sizeof_hdr], check=False)  # it makes 1 mm of 0
     zooms = tuple(abs(float(zoom)) for zoom in head.get_zooms()[:3])
     usable = all(0 < zoom < np.inf for zoom in zooms) and head.get_xyzt_units()[0] != "micron"
@@ -304,7 +301,7 @@ def slice_geometry(image: np.ndarray, label: np.ndarray | None, rng: np.random.G
 
 @dataclass
 class SliceSet(Dataset):
-    """Weak views. A key is (stream, slice, position in the run), see `TrainingBatches`."""
+    """Weak views. A key is (stream, slice, position in the run), see `training_batches`."""
 
     streams: list[list[tuple]]  # the (image, label)s of labeled and of unlabeled slices
     seed: int
@@ -324,7 +321,7 @@ def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start:
     streams = [read_slices(data.labeled, classes, crop, with_labels=True)]
     if unlabeled:
         streams.append(read_slices(data.unlabeled, classes, crop, data.info.embedded))
-    batches = TrainingBatches([len(pairs) for pairs in streams], batch_size, seed, start, total)
+    batches = training_batches([len(pairs) for pairs in streams], batch_size, seed, start, total)
     return make_loader(SliceSet(streams, seed), device, num_workers,
                        batch_sampler=batches, collate_fn=collate_training)
 
@@ -342,10 +339,9 @@ def overlap(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 def surface(mask: np.ndarray) -> np.ndarray:
     """Voxels with a face neighbour outside of the mask or of the volume, bool [Z, H, W]."""
-    inside = padded = np.pad(mask, 1)
-    for axis in range(3):
-        inside = inside & np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
-    return mask & ~inside[1:-1, 1:-1, 1:-1]
+    padded = np.pad(mask, 1)
+    neighbours = [np.roll(padded, step, axis) for axis in range(3) for step in (1, -1)]
+    return mask & ~np.all(neighbours, axis=0)[1:-1, 1:-1, 1:-1]
 
 
 def distances(points: np.ndarray, mask: np.ndarray, spacing: Spacing) -> np.ndarray:
@@ -438,34 +434,33 @@ def evaluate_volumes(network: nn.Module, files: list[VolumeFile], info: VolumeIn
         table[index] = [score(prediction == number, volume.label == number, volume.spacing)
                         for number in range(1, info.num_classes)]
     network.train(training)
-    total = all_reduce_sum(torch.from_numpy(table).to(device)).cpu().numpy()
-    scores, voxels = total[..., :-2], total[..., -2:]
+    total = all_reduce_sum(torch.from_numpy(table).to(device)).cpu()
+    scores, voxels = total.split([len(METRICS), 2], dim=2)
     require(bool(voxels[..., 1].any()), "no volume of the evaluated list shows a class but 0")
-    is_empty = (voxels == 0).any(axis=2)
+    is_empty = (voxels == 0).any(dim=2)
     if released_empty:
-        scores[is_empty] = RELEASED_EMPTY
+        scores[is_empty] = scores.new_tensor(RELEASED_EMPTY)
     scores[..., :2] *= 100
     empty = []
-    for volume, number in np.argwhere(is_empty):
+    for volume, number in is_empty.nonzero().tolist():
         predicted, labeled = voxels[volume, number]
         where = "prediction" if labeled else "label" if predicted else "both"
         empty.append({"volume": files[volume].name, "class": classes[number], "empty": where})
 
-    def mean(values: np.ndarray) -> np.ndarray:  # of what is defined, along the first axis
-        return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+    def named(row: Tensor) -> dict[str, float | None]:
+        values = [None if np.isnan(value) else value for value in row.tolist()]
+        return dict(zip(METRICS, values))
 
-    def named(row: np.ndarray) -> dict[str, float | None]:
-        return {key: None if np.isnan(value) else float(value) for key, value in zip(METRICS, row)}
-
-    def by_class(rows: np.ndarray) -> dict[str, dict]:
+    def by_class(rows: Tensor) -> dict[str, dict]:
         return {name: named(row) for name, row in zip(classes, rows)}
 
+    means = scores.nanmean(dim=0)  # of volumes
     return {
-        **named(mean(mean(scores))),
+        **named(means.nanmean(dim=0)),
         "volumes": len(files),
         "patients": len({file.patient for file in files}),
         "empty_masks": len(empty),
-        "per_class": by_class(mean(scores)),
+        "per_class": by_class(means),
         "empty": empty,
         "scores": {file.name: by_class(rows) for file, rows in zip(files, scores)},
     }
@@ -498,6 +493,5 @@ def write_sample_grid(label_maps: Callable[[Tensor], list[Tensor]], captions: Se
         slices = read_slices([file], data.info.num_classes, crop, with_labels=True)
         image, label = slices[len(slices) // 2]
         maps = label_maps(to_float(torch.from_numpy(image)[None, None].to(device)))
-        maps = [label_map[0].byte().cpu().numpy() for label_map in maps]
-        rows.append((np.stack([image] * 3), label, *maps))
+        rows.append((np.stack([image] * 3), label, *torch.cat(maps).byte().cpu()))
     sample_grid(rows, data.info.classes, voc_palette(), path, captions)

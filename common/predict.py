@@ -9,7 +9,6 @@ scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz
 grid. What cannot be read is reported and left out; the exit status is then 1.
 """
 
-import argparse
 import dataclasses
 import gzip
 import sys
@@ -21,8 +20,8 @@ from PIL import Image
 
 from common.augment import normalize
 from common.data import PICTURES, TO_LABEL_ID, DatasetInfo, open_image
-from common.evaluate import MODES, Predict, change, class_probabilities, load_predictor
-from common.figures import overlay, save_indexed_png, save_png
+from common.evaluate import MODES, Predict, class_probabilities, load_predictor
+from common.figures import colorize, save_indexed_png, save_png
 from common.medical import (VolumeInfo, min_max, read_nifti, read_volume, segment_volume, turn,
                             write_volume)
 from common.runtime import (Parser, UserError, explain, init_distributed, reading, require,
@@ -82,7 +81,8 @@ def predict_picture(predict: Predict, source: Path, targets: list[Path], info: D
         save_png(Image.fromarray(TO_LABEL_ID[label]), targets[0])
     else:
         save_indexed_png(label, info.palette, targets[0])
-    save_png(Image.fromarray(overlay(picture, label, info.palette)), targets[1])
+    colors = Image.fromarray(colorize(label, info.palette))
+    save_png(Image.blend(picture, colors, 0.5), targets[1])
 
 
 def predict_volume(predict: Predict, source: Path, target: Path, info: VolumeInfo, size: int,
@@ -109,19 +109,18 @@ def predict_volume(predict: Predict, source: Path, target: Path, info: VolumeInf
 
 
 def main() -> int:
-    parser = Parser(prog="python -m common.predict", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m common.predict", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="pictures or volumes, or their folders")
     parser.add_argument("--checkpoint", required=True, help="best.pt or latest.pt of a run")
     parser.add_argument("--output", type=Path, default=Path("segmented"), help="folder of results")
     parser.add_argument("--mode", choices=MODES, help="default: aligned or sliding")
-    parser.add_argument("--set", type=change, nargs="+", action="extend", default=[],
-                        metavar="NAME=VALUE", help="options to change in the checkpoint's config")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
+                        help="options to change in the checkpoint's config")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     args = parser.parse_args()
 
     device = init_distributed(args.device)[2]
-    predict, config, info = load_predictor(args.checkpoint, device, dict(args.set))
+    predict, config, info = load_predictor(args.checkpoint, device, args.set)
     of_volumes, crop = isinstance(info, VolumeInfo), config["crop"]
     require(not of_volumes or not args.mode, "--mode is for pictures, not for volumes")
     files, problems = find_files(args.files, VOLUMES if of_volumes else PICTURES)

@@ -73,14 +73,10 @@ def label_map(coco, image: dict, ids: list[int]) -> np.ndarray:
     So the table does not hide the cake. Nothing is published on how the benchmark's masks were
     made: compare methods on one kind of them. `ids`: the categories in order of their class.
     """
-    regions = []
-    for annotation in coco.imgToAnns[image["id"]]:
-        region = coco.annToMask(annotation).astype(bool)
-        order = (not annotation["iscrowd"], -region.sum())
-        regions.append((order, 1 + ids.index(annotation["category_id"]), region))
+    found = [(entry, coco.annToMask(entry).astype(bool)) for entry in coco.imgToAnns[image["id"]]]
     label = np.zeros((image["height"], image["width"]), np.uint8)
-    for _, index, region in sorted(regions, key=lambda entry: entry[0]):
-        label[region] = index
+    for entry, region in sorted(found, key=lambda pair: (not pair[0]["iscrowd"], -pair[1].sum())):
+        label[region] = 1 + ids.index(entry["category_id"])
     return label
 
 
@@ -254,8 +250,7 @@ def random_splits(names: list[str], train: int, total: int, seed: int) -> dict[s
     count = len(names) - max(1, round(len(names) * (1 - train / total)))
     lists = {}
     for split, suffix in ((1, ""), (2, "_split2")):
-        order = np.random.default_rng([seed, split]).permutation(len(names))
-        shuffled = [names[index] for index in order]
+        shuffled = np.random.default_rng([seed, split]).permutation(names).tolist()
         lists[f"train{suffix}"], lists[f"val{suffix}"] = shuffled[:count], shuffled[count:]
     return lists
 

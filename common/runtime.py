@@ -22,11 +22,9 @@ import statistics
 import sys
 import time
 import traceback
-import types
 import typing
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -106,17 +104,16 @@ def explain(error: Exception) -> str | None:
 def complain(line: str) -> None:
     """To stderr; under torchrun once for a node's ranks, and below the launcher's own report."""
     launcher, run = os.getppid(), os.environ.get("TORCHELASTIC_RUN_ID")
-    try:
+    ended = None
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a container that forbids it
         ended = os.pidfd_open(launcher) if run and "RANK" in os.environ else None
-    except (AttributeError, OSError):  # not Linux, or a container that forbids it
-        ended = None
     if ended is None:
         print(line, file=sys.stderr, flush=True)
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends ranks after the first
     speaker = socket.socket(socket.AF_UNIX)
     try:
-        speaker.bind(f"\0{run} {launcher}")  # a name for one process and what it forks
+        speaker.bind(f"\0{run[-60:]} {launcher}")  # a name for one process and what it forks
     except OSError:
         return  # another rank has it and speaks
     if os.fork() == 0:
@@ -139,7 +136,7 @@ def option(default, help: str, choices: tuple | None = None, **bounds: float):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclasses.dataclass
 class RunOptions:
     """How a run runs, whatever it learns; None: chosen as the brackets say."""
 
@@ -165,20 +162,21 @@ LOCKS = []  # of this process' run folders, also of those that it has done with
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def parse(config_class, description: str | None = None, argv: list[str] | None = None):
     """The command line as an instance of the dataclass. Raises UserError for bad options."""
-    parser = Parser(description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False)
     hints, fields = typing.get_type_hints(config_class), dataclasses.fields(config_class)
     flags = {field.name: "--" + field.name.replace("_", "-") for field in fields}
     for field in fields:
-        hint, text = hints[field.name], field.metadata["help"].replace("%", "%%")
-        if isinstance(hint, types.UnionType):  # X | None
-            hint = typing.get_args(hint)[0]
+        hint, *_ = typing.get_args(hints[field.name]) or (hints[field.name],)  # X of X | None
+        text = field.metadata["help"].replace("%", "%%")
         if field.default is not None:
             text += f" ({field.default})"
         options = {"type": hint, "choices": field.metadata["choices"]}
@@ -385,17 +383,14 @@ def read_json(path: Path) -> dict:
 def read_tensors(path: str | Path):
     """What torch.save wrote, on the CPU. Raises UserError for anything else than tensors."""
     with reading(path):
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip().lower()
-        require(not start.startswith((b"<", b"version https://git-lfs")),
-                f"{path} is a web page or a pointer of Git LFS, not the file itself")
         if zipfile.is_zipfile(path):  # torch.load does not compare its check sums
             damaged = zipfile.ZipFile(path).testzip()
             require(damaged is None, f"{path} is damaged, in {damaged}")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # whose text advises to trust the file
-            raise UserError(f"{path} is no PyTorch file, or holds more than tensors") from error
+            raise UserError(f"{path} is no PyTorch file but perhaps a web page or a pointer of Git "
+                            f"LFS, or it holds more than tensors") from error
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -635,10 +630,9 @@ class Log:
 
             self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10,
                                              purge_step=start + 1)
-        path = self.folder / "metrics.jsonl"
-        kept = read_metrics(self.folder, start) if path.is_file() else []
+        kept = read_metrics(self.folder, start)
         if rank() == 0:  # steps after `start` will be made again
-            write_lines(path, map(json.dumps, kept))
+            write_lines(self.folder / "metrics.jsonl", map(json.dumps, kept))
         self.sup_losses = [line["loss_sup"] for line in kept if "loss_sup" in line]
         self.since, self.steps = time.monotonic(), 0  # for the speed
 
@@ -728,10 +722,10 @@ class Log:
 
 
 def read_metrics(folder: Path, until: float = math.inf) -> list[dict]:
-    """metrics.jsonl up to an iteration, without a line that a kill cut off or a resume doubled."""
-    kept = {}
-    with reading(folder / "metrics.jsonl"):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
+    """metrics.jsonl, or [], up to an iteration: no line that a kill cut off or a resume doubled."""
+    path, kept = folder / "metrics.jsonl", {}
+    with reading(path):
+        for line in path.read_text().splitlines() if path.is_file() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 content = json.loads(line)
                 if content["iteration"] <= until:

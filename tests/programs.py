@@ -28,7 +28,8 @@ QUICK = ("--batch-size 2 --crop 32 --iterations 4 --eval-every 4 --save-every 2 
 
 def start(*arguments, torchrun: int = 0, **options) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    launcher = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", f"--rdzv-id={120 * 'x'}",
+                "--rdzv-endpoint=localhost:0", f"--nproc_per_node={torchrun}"]
     command = [sys.executable, *(launcher if torchrun else ()), *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **options)

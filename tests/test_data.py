@@ -20,10 +20,10 @@ from PIL import Image
 
 import daw
 from common import data as module
-from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingBatches, TrainingSet,
-                         check_labels, covering_choice, dataset_info, images_asked_for, load_data,
-                         make_loader, open_image, open_mask, published_list, published_lists,
-                         read_list, read_sample, training_loader)
+from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingSet, check_labels,
+                         covering_choice, dataset_info, images_asked_for, load_data, make_loader,
+                         open_image, open_mask, published_list, published_lists, read_list,
+                         read_sample, training_batches, training_loader)
 from programs import assert_identical, error_of, picture, run_as_program
 
 CPU = torch.device("cpu")
@@ -250,8 +250,9 @@ def test_validation_images_are_not_trained_on(voc, voc_root, tmp_path):
         for changes in ({"labeled_list": own, "labeled": None}, {"unlabeled_list": own}):
             message = error_of(load_data, replace(voc, **changes))
             assert f"JPEGImages/{leaked}.jpg" in message and "val" in message
-    write(voc_root / "ImageSets" / "Segmentation" / "tune.txt", ids(voc_root)[:1])
-    assert ids(voc_root)[0] in error_of(load_data, voc)
+    for name in (ids(voc_root)[0], leaked):
+        write(voc_root / "ImageSets" / "Segmentation" / "tune.txt", [name])
+        assert f"JPEGImages/{name}.jpg" in error_of(load_data, voc)
 
 
 @pytest.mark.parametrize("folder, ending, which", [
@@ -717,7 +718,7 @@ def test_cut_off_and_foreign_files_are_named(voc_root):
 
 
 def test_every_sample_once_a_pass():
-    (one,) = TrainingBatches([7], 42, 3, 0, 1)
+    (one,) = training_batches([7], 42, 3, 0, 1)
     assert [position for *_, position in one] == list(range(42))  # each has its own random view
     order = [index for _, index, _ in one]
     passes = [order[start : start + 7] for start in range(0, 42, 7)]
@@ -752,7 +753,7 @@ def test_workers_ranks_and_resuming_change_no_batch(voc, monkeypatch):
     training = TrainingSet(data, 49, 0)
     keys = ((0, 0), (0, 1), (1, 0))  # each seed and each position has a view of its own
     assert len({TrainingSet(data, 49, n)[1, 0, at][1][0].tobytes() for n, at in keys}) == 3
-    for batch, step in zip(alone, TrainingBatches([3, 6], 4, 0, 0, 4), strict=True):
+    for batch, step in zip(alone, training_batches([3, 6], 4, 0, 0, 4), strict=True):
         for n, key in enumerate(step):
             _, (image, label, valid) = training[key]
             views = [{"labeled": image, "label": label}, {"unlabeled": image, "valid": valid}]

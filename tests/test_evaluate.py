@@ -299,14 +299,15 @@ def test_changes_to_the_config(checkpoint, tmp_path):
     words = ["crop=32", "amp=true", "align=false", "threshold=0.5", "labeled=183", "data_root=a=b"]
     changes = {"crop": 32, "amp": True, "align": False, "threshold": 0.5, "labeled": "183",
                "data_root": "a=b"}
-    changed = ev.load_predictor(path, CPU, dict(map(ev.change, words)))[1]
+    changed = ev.load_predictor(path, CPU, words)[1]
     assert changed == {**checkpoint["config"], **changes}
-    changes = {"dataset": "folder", "classes": ",".join(CLASSES[::-1])}
-    config, info = ev.load_predictor(path, CPU, changes)[1:]  # neither is valid alone
-    assert config["classes"] == changes["classes"] and info.name == "folder"
-    for word in ("steps=1", "crop=wide", "crop=0", "labeled=", "align=2", "weighting=mine"):
-        name, value = ev.change(word)
-        assert name in error_of(ev.load_predictor, path, CPU, {name: value})
+    names = ",".join(CLASSES[::-1])
+    words = ["dataset=folder", f"classes={names}"]  # neither is valid alone
+    config, info = ev.load_predictor(path, CPU, words)[1:]
+    assert config["classes"] == names and info.name == "folder"
+    for word in ("steps=1", "crop=wide", "crop=0", "crop", "amp", "labeled=", "align=2",
+                 "weighting=mine"):
+        assert word.split("=")[0] in error_of(ev.load_predictor, path, CPU, [word])
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(checkpoint, tmp_path, monkeypatch):
@@ -448,6 +449,10 @@ def test_table_of_images(command, tmp_path):
     out, again = command("--table", tmp_path, "--per-class")
     assert again == notes
     assert [row[2:] for row in cells(out)] == [["sky", "sea"], ["43.0 ± 2.8", "-"], ["21.0", "-"]]
+    for seed in (0, 1):
+        config = {"method": "daw", "iterations": 9, "seed": seed, "amp": seed == 1, "lr": seed}
+        write_json(tmp_path / "zebra" / f"seed{seed}" / "config.json", config)
+    assert "runs of zebra differ in lr\n" in command("--table", tmp_path)[1]
 
 
 def test_table_of_volumes_is_that_of_the_test_list(command, tmp_path):

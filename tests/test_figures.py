@@ -35,16 +35,13 @@ def test_palette_is_vocs():
     assert {label: PALETTE[label] for label in known} == known
 
 
-def test_colors_and_overlay():
+def test_colors():
     label = label_map()
     colors = figures.colorize(torch.from_numpy(label), PALETTE)
     assert colors.dtype == np.uint8 and colors.shape == (40, 64, 3)
     assert tuple(colors[0, 0]) == figures.IGNORE_COLOR  # not the palette's entry 255
     assert tuple(colors[10, 10]) == PALETTE[label[10, 10]]
     assert tuple(figures.colorize(label, PALETTE[:2])[39, 63]) == figures.IGNORE_COLOR
-    mixed = figures.overlay(np.full((40, 64, 3), 100, np.uint8), label, PALETTE, alpha=0.25)
-    assert tuple(mixed[0, 0]) == (100, 100, 100)
-    assert mixed[10, 10] == pytest.approx(75 + 0.25 * colors[10, 10], abs=1)
 
 
 def test_indexed_png_reads_back_as_the_label(tmp_path):
@@ -153,7 +150,8 @@ def test_class_shares(drawn, tmp_path):
 
 def test_distributions(drawn, tmp_path):
     lines = [{"iteration": i, "t_star": 0.02 * i, **GAUSSIANS} for i in range(1, 41)]
-    figures.plot_distributions([{"iteration": 1, "loss": 2.0}, *lines], tmp_path / "figure.png")
+    runs = {tmp_path / "run": [{"iteration": 1, "loss": 2.0}, *lines]}
+    figures.plot_distributions(runs, tmp_path / "figure.png")
     time, first, last = drawn[0][0].axes
     assert list(time.lines[0].get_ydata()) == [0.9] * 40
     assert list(time.lines[2].get_ydata()) == pytest.approx([0.02 * i for i in range(1, 41)])
@@ -200,7 +198,7 @@ def test_landscape(drawn, tmp_path):
 
 def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn):
     command, log = ("common/figures.py", monkeypatch, capfd, tmp_path), tmp_path / "metrics.jsonl"
-    assert "cannot read" in refuse(*command)
+    assert "nothing to draw" in refuse(*command)
     log.write_text('{"iteration": 1, "loss": 2.0}\n')
     assert "nothing to draw" in refuse(*command)
     lines = share_lines("pseudo", "used")
@@ -223,9 +221,10 @@ def test_command_draws_what_a_run_has_logged(tmp_path, monkeypatch, capfd, drawn
     lines = [{**line, "t_star": 0.7} for line in lines if "t_star" in line]
     (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run_as_program(*command, other)[0] == 0 and (tmp_path / "comparison.png").is_file()
-    thresholds = [axes.lines[-1].get_xdata()[0] for axes in drawn[-1][0].axes]
+    rows = np.reshape(drawn[-1][0].axes, (2, 3))
+    thresholds = [axes.lines[-1].get_xdata()[0] for axes in rows[:, 1:].flat]
     assert thresholds == [0.5, 0.5, 0.7, 0.7]
-    assert drawn[-1][0].axes[2].get_title() == f"{tmp_path.name}/other, iteration 30"
+    assert [axes.get_title() for axes in rows[1, :2]] == [f"{tmp_path.name}/other", "iteration 30"]
     (other / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
     assert "other has no t_star" in refuse(*command, other)
 
