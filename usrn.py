@@ -11,7 +11,7 @@ clusters cells, means of 2 x 2 features (PSPNet: of one), and unlabeled losses a
     stage 2       balanced clusters of F's features          make_subclasses, balanced_kmeans
     Eq. 2         losses on classes and on subclasses        supervised_loss
     Eq. 3         S: pseudo labels above gamma               select
-    Eq. 4, 6, 7   regularized labels; M; the gate            regularize, entropy_gate
+    Eq. 4, 6, 7   regularized labels; the gate               regularize, entropy_gate
     Eq. 4, 5, 7   losses; 5 is L_st^sub of Eq. 8             weighted_loss
     Eq. 8         the total                                  usrn_loss
     Eq. 9         class balance rate                         class_balance_rate

@@ -446,7 +446,7 @@ def labeled_samples(options: DataOptions, info: DatasetInfo, root: Path, train, 
 
 
 def load_data(options: DataOptions) -> Data:
-    """The lists of a data set, checked: files exist; training and evaluation share no image.
+    """The lists of a data set, checked: files exist, no image is in two of train, val and tune.
 
     Raises UserError for what is unknown, missing or wrong.
     """

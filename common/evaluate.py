@@ -265,7 +265,8 @@ COLUMNS = {"miou": "mIoU", "head_miou": "head mIoU", "tail_miou": "tail mIoU", "
 def finished_runs(folder: Path) -> dict[str, dict[str, Path]]:
     """{row: {"seed0": run folder}} of folder/<row>/seed<k>, as they were last started.
 
-    A run whose scores of the test list are still to come, where others have them, is left out.
+    A run whose scores of the test list are still to come, where others have them, is left out; rows
+    whose runs have different options are named.
     """
     configs = sorted(folder.glob("*/seed*/config.json"), key=lambda path: path.stat().st_mtime)
     found = {path: read_json(path.with_name("results.json")) for path in configs}

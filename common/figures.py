@@ -243,7 +243,7 @@ def plot_gradients(lines: Sequence[dict], path: str | Path) -> None:
     pair = {name: column[name] for name in ("norm_sup", "norm_unsup")}
     edges = np.linspace(0, np.nanquantile(list(pair.values()), 0.995), 61)
     norms.hist(pair.values(), edges, histtype="stepfilled", alpha=0.6, label=list(pair))
-    norms.set(title="gradient norms", xlabel="norm", ylabel="steps")
+    norms.set(title="gradient norms", xlabel="norm", ylabel="lines of the log")
     norms.legend()
     save_figure(figure, path)
 
@@ -282,7 +282,7 @@ def plot_landscape(curves: dict[str, list[dict]], path: str | Path) -> None:
 def main():
     parser = Parser(prog="python -m common.figures", description="Draw a run.")
     parser.add_argument("runs", type=Path, nargs="+", help="folder with metrics.jsonl or "
-                        "landscape.json; several: DAW's Figure 4, into the first one")
+                        "landscape.json; several: DAW's Figures 2 and 4, into the first")
     runs = {run: read_metrics(run) for run in parser.parse_args().runs}
     folder, *others = runs
     if others:
