@@ -153,7 +153,10 @@ def read_nifti(path: Path, first_channel: bool = False) -> tuple:
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         content = gzip.decompress(content)  # to its check sum, where nibabel would not look
-    file = nibabel.load(path)
+    kinds = [kind for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image)
+             if kind.header_class.may_contain_header(content)]
+    require(bool(kinds), f"{path} is no NIfTI file")
+    file = kinds[0].from_bytes(content)
     head = type(file.header)(content[: file.header.sizeof_hdr], check=False)  # it makes 1 mm of 0
     zooms = tuple(abs(float(zoom)) for zoom in head.get_zooms()[:3])
     usable = all(0 < zoom < np.inf for zoom in zooms) and head.get_xyzt_units()[0] != "micron"
