@@ -61,7 +61,7 @@ class Config(DataOptions, RunOptions):
     noise_seed: int = option(0, "of the noise that inference starts from", low=0)
     single_view: bool = option(False, "one strong view, as in Eq. 6, not UniMatch's three")
     cutmix: bool = option(True, "CutMix between strong views, UniMatch's")
-    discriminative: bool = option(False, "baseline of Table 5: the same layers, no noisy mask")
+    discriminative: bool = option(False, "baseline of Table 5: no noisy mask, t 1, tau 0, one step")
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)

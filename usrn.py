@@ -78,7 +78,7 @@ class Config(DataOptions, RunOptions):
     backbone: str | None = option(None, "resnet50, resnet101, xception65, mobilenet_v2 or tiny")
     weights: str = option("default", "of the encoder: default, none, deep_stem or a file's path")
     crop: int | None = option(None, "training crop in pixels, 16 k + 1", low=16)
-    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=1)
+    batch_size: int | None = option(None, "labeled (and unlabeled) images a step, all GPUs", low=2)
     epochs: int | None = option(None, "passes over the unlabeled list", low=1)
     iterations: int | None = option(None, "optimizer steps, instead of --epochs", low=1)
     lr: float | None = option(None, "of the encoder; a recipe's grows with --batch-size", above=0)
