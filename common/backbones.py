@@ -354,9 +354,6 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], what: str) -> nn.M
     return model
 
 
-# ---------------------------------------------------------------- --checkpoint-activations
-
-
 def checkpoint_activations(model: nn.Module, compiled: bool = False) -> None:
     """Keep of each block only its input for the backward pass, which computes the rest again."""
     require(not compiled, "--compile and --checkpoint-activations do not go together")

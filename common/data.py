@@ -545,13 +545,17 @@ Image.MAX_IMAGE_PIXELS = None  # against bombs; here somebody has named the file
 
 
 @contextlib.contextmanager
-def opened(path: Path):
-    """The one picture in a file."""
-    with reading(path), Image.open(path) as image:
+def opened(path: Path, stack: bool = False):
+    """The one picture in a file; not opened by Pillow, which maps turned ones wrongly."""
+    with reading(path), open(path, "rb") as file, Image.open(file) as image:
         pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's
-        require(pages == 1, f"{path} holds {pages} pictures: save each as a file of its own")
-        inverted = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        require(pages == 1 or stack, f"{path} holds {pages} pictures: save each as a file")
+        tags = getattr(image, "tag_v2", {})
+        inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
         require(not inverted, f"{path} stores white as 0 (WhiteIsZero): save it as PNG")
+        apart = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+        require(not apart or max(tags[TiffImagePlugin.BITSPERSAMPLE]) <= 8,
+                f"{path} stores colours of 16 bits apart (planar), misread here: save it as PNG")
         yield image
 
 
@@ -716,9 +720,12 @@ def make_loader(dataset: Dataset, device: torch.device, num_workers: int | None,
         if free < 60 * workers * ranks:  # where it is too small, they wait for ever
             say(f"loading without workers, as /dev/shm has {free} MB left (Docker: --shm-size 8g)")
             workers = 0
+    # Python 3.14's server between trainer and workers would end by a signal that the trainer heeds.
+    context = "fork" if workers and sys.platform == "linux" else None
     # A loader draws a seed when it starts: from its own generator, not from training's.
     return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda",
-                      worker_init_fn=prepare_worker, generator=torch.Generator(), **options)
+                      multiprocessing_context=context, worker_init_fn=prepare_worker,
+                      generator=torch.Generator(), **options)
 
 
 def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: int, total: int,
@@ -747,10 +754,8 @@ def check_labels(data: Data) -> None:
         say(f"warning: no labeled pixel is {' or '.join(without)}")
 
 
-# ---------------------------------------------------------------- a look at a data set
-
-
 def main() -> None:
+    """A look at a data set."""
     arguments = sys.argv[2:] if sys.argv[1:2] == ["check"] else sys.argv[1:]
     data = load_data(parse(DataOptions, __doc__, arguments))
     print(f"{data.info.name} in {data.root}")

@@ -386,12 +386,11 @@ def columns(scores: dict, per_class: bool) -> dict[str, float | None]:
 
 def cell(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    if len(known) < 2:
-        return f"{known[0]:.1f}" if known else "-"
-    return f"{statistics.fmean(known):.1f} ± {statistics.stdev(known):.1f}"
-
-
-# ---------------------------------------------------------------- command line
+    if not known:
+        return "-"
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    few = f" (n = {len(known)})" if len(known) < len(values) else ""
+    return f"{statistics.fmean(known):.1f}{spread}{few}"
 
 
 def report(results: dict) -> str:

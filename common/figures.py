@@ -276,9 +276,6 @@ def plot_landscape(curves: dict[str, list[dict]], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-# ---------------------------------------------------------------- command line
-
-
 def main():
     parser = Parser(prog="python -m common.figures", description="Draw a run.")
     parser.add_argument("runs", type=Path, nargs="+", help="folder with metrics.jsonl or "

@@ -8,7 +8,7 @@ The embedded phantoms are made on first use; common.prepare converts other data 
 import gzip
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,38 +33,37 @@ RELEASED_EMPTY = (0, 0, 50, 10, *4 * [np.nan])  # what DiffRect's test script gi
 
 @dataclass(frozen=True)
 class VolumeInfo:
+    """Classes and recipe. The defaults are DiffRect's, as released."""
+
     name: str
-    classes: tuple[str, ...]
-    default_labeled: str  # patients
-    embedded: bool  # made on first use; unlabeled slices' labels are read for the log alone
-    crop: int  # slices are resized to crop x crop
-    channels: int  # of the U-Net's first level
-    batch_size: int  # labeled slices a step, and as many unlabeled ones
-    lr: float  # for that batch size
-    iterations: int
-    consistency: float  # weight of pseudo labels, once it has risen
-    rampup: float  # share of these iterations in which it rises
-    rectify_weight: float  # of rectified labels
-    warmup: float  # share of these iterations before they are used
-    adjust: tuple[float, float]  # strong view: factors of contrast, sharpness and brightness
-    blur: tuple[float, float]  # strong view: sigma, pixels
+    classes: tuple[str, ...] = CARDIAC_CLASSES
+    default_labeled: str = "7"  # patients
+    embedded: bool = False  # made on first use; unlabeled slices' labels are for the log alone
+    crop: int = 256  # slices are resized to crop x crop
+    channels: int = 16  # of the U-Net's first level
+    batch_size: int = 3  # labeled slices a step, and as many unlabeled ones
+    lr: float = 0.01  # for that batch size
+    iterations: int = 30_000
+    consistency: float = 0.1  # weight of pseudo labels, once it has risen
+    rampup: float = 1.0  # share of these iterations in which it rises
+    rectify_weight: float = 1.0  # of rectified labels
+    warmup: float = 1 / 30  # share of these iterations before they are used
+    adjust: tuple[float, float] = (1.0, 1.1)  # strong view: contrast, sharpness, brightness
+    blur: tuple[float, float] = (0.1, 1.0)  # strong view: sigma, pixels
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
 
-PHANTOM = VolumeInfo("phantom", CARDIAC_CLASSES, "3", embedded=True, crop=64, channels=8,
-                     batch_size=4, lr=0.02, iterations=1200, consistency=1.0, rampup=0.3,
-                     rectify_weight=0.3, warmup=0.3, adjust=(0.6, 1.4), blur=(0.1, 1.0))
-# DiffRect's released recipe.
-ACDC = VolumeInfo("acdc", CARDIAC_CLASSES, "7", embedded=False, crop=256, channels=16,
-                  batch_size=3, lr=0.01, iterations=30_000, consistency=0.1, rampup=1.0,
-                  rectify_weight=1.0, warmup=1 / 30, adjust=(1.0, 1.1), blur=(0.1, 1.0))
-MSCMRSEG = replace(ACDC, name="mscmrseg")
-PROSTATE = replace(ACDC, name="prostate", default_labeled="2",
-                   classes=("background", "peripheral zone", "transition zone"))
-DATASETS = {info.name: info for info in (PHANTOM, ACDC, MSCMRSEG, PROSTATE)}
+DATASETS = {info.name: info for info in (
+    VolumeInfo("phantom", default_labeled="3", embedded=True, crop=64, channels=8, batch_size=4,
+               lr=0.02, iterations=1200, consistency=1.0, rampup=0.3, rectify_weight=0.3,
+               warmup=0.3, adjust=(0.6, 1.4)),
+    VolumeInfo("acdc"),
+    VolumeInfo("mscmrseg"),
+    VolumeInfo("prostate", ("background", "peripheral zone", "transition zone"), "2"),
+)}
 
 
 @dataclass
@@ -125,7 +124,8 @@ def read_volume(path: Path, num_classes: int = IGNORE, with_label: bool = True) 
     """The volume of a file, min-max normalised. Raises UserError for what cannot be right."""
     with reading(path), np.load(path, allow_pickle=False) as file:
         image = file["image"].astype(np.float32)
-        label = file["label"] if with_label and "label" in file else None
+        require(not with_label or "label" in file, f"{path} has no label")
+        label = file["label"] if with_label else None
         spacing = tuple(map(float, file["spacing"])) if "spacing" in file else None
     finite = image.ndim == 3 and image.size > 0 and bool(np.isfinite(image).all())
     require(finite, f"{path}: the image must be finite numbers [Z, H, W], not {image.shape}")
@@ -278,7 +278,6 @@ def read_slices(files: list[VolumeFile], num_classes: int, size: int, with_label
     pairs = []
     for file in files:
         volume = read_volume(file.path, num_classes, with_labels)
-        require(not with_labels or volume.label is not None, f"{file.path} has no label")
         images = resize_slices(volume.image, size)
         labels = resize_labels(volume.label, size) if with_labels else [None] * len(images)
         pairs += zip(images, labels)
@@ -324,6 +323,9 @@ def slice_loader(data: VolumeData, crop: int, batch_size: int, seed: int, start:
     streams = [read_slices(data.labeled, classes, crop, with_labels=True)]
     if unlabeled:
         streams.append(read_slices(data.unlabeled, classes, crop, data.info.embedded))
+    for file in data.val + data.test:  # said now, not when it is first scored
+        with reading(file.path), np.load(file.path) as content:
+            require("label" in content, f"{file.path} has no label")
     batches = training_batches([len(pairs) for pairs in streams], batch_size, seed, start, total)
     return make_loader(SliceSet(streams, seed), device, num_workers,
                        batch_sampler=batches, collate_fn=collate_training)
@@ -431,7 +433,6 @@ def evaluate_volumes(network: nn.Module, files: list[VolumeFile], info: VolumeIn
     table = np.zeros((len(files), len(classes), len(METRICS) + 2))
     for index in range(rank(), len(files), world_size()):
         volume = read_volume(files[index].path, info.num_classes)
-        require(volume.label is not None, f"{files[index].path} has no label to score against")
         prediction = segment_volume(network, volume.image, crop, device)
         prediction[volume.label == IGNORE] = IGNORE
         table[index] = [score(prediction == number, volume.label == number, volume.spacing)

@@ -6,7 +6,8 @@ holiday.jpg gives holiday.png, a palette PNG of its size whose values are the cl
 Cityscapes grey labelIds), and holiday_overlay.png. (`--mode whole` is how pascal and coco are
 scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz, the image
 (min-max normalised) with the predicted label, heart.nii.gz gives heart.nii.gz, the labels on its
-grid. What cannot be read is reported and left out; the exit status is then 1.
+grid. What cannot be read is reported and left out; the exit status is then 1. Under torchrun the
+ranks share the files.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from common.evaluate import MODES, Predict, class_probabilities, load_predictor
 from common.figures import colorize, save_indexed_png, save_png
 from common.medical import (VolumeInfo, min_max, read_nifti, read_volume, segment_volume, turn,
                             write_volume)
-from common.runtime import (Parser, UserError, explain, init_distributed, reading, require,
-                            run_main, write_atomically)
+from common.runtime import (Parser, UserError, all_reduce_sum, explain, init_distributed, rank,
+                            reading, require, run_main, world_size, write_atomically)
 
 VOLUMES = (".npz", ".nii", ".nii.gz")
 
@@ -124,7 +125,9 @@ def main() -> int:
     of_volumes, crop = isinstance(info, VolumeInfo), config["crop"]
     require(not of_volumes or not args.mode, "--mode is for pictures, not for volumes")
     files, problems = find_files(args.files, VOLUMES if of_volumes else PICTURES)
-    for file, targets in output_paths(files, args.output, of_volumes).items():
+    problems = problems if rank() == 0 else []  # said once
+    work = list(output_paths(files, args.output, of_volumes).items())
+    for file, targets in work[rank() :: world_size()]:
         try:
             if of_volumes:
                 predict_volume(predict, file, targets[0], info, crop, device)
@@ -140,7 +143,8 @@ def main() -> int:
             problems.append(f"{file}: {explain(error)}")
     for problem in problems:
         print(f"error: {' '.join(problem.split())}", file=sys.stderr)
-    return 1 if problems else 0
+    problems_of_all = all_reduce_sum(torch.tensor(len(problems), device=device))
+    return int(problems_of_all > 0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from PIL import Image, ImageSequence
 from torchvision.datasets import SBDataset
 
 from common.augment import IGNORE
-from common.data import DATASETS, eight_bits, published_list, published_lists, voc_folder
+from common.data import DATASETS, eight_bits, opened, published_list, published_lists, voc_folder
 from common.figures import save_png
 from common.medical import Volume, min_max, orientation, read_nifti, write_volume
 from common.runtime import Parser, reading, require, run_main, write_lines
@@ -127,7 +127,7 @@ def prepare_lucchi(source: Path, root: Path) -> None:
 
 def read_stack(path: Path) -> np.ndarray:
     """All pages of a TIFF file: uint8 [N, H, W]."""
-    with reading(path), Image.open(path) as stack:
+    with opened(path, stack=True) as stack:
         pages = [eight_bits(page, path).convert("L") for page in ImageSequence.Iterator(stack)]
         return np.stack(pages)
 

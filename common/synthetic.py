@@ -557,9 +557,6 @@ def pretrain(backbone: str, output: Path, epochs: int, pictures: int, seed: int 
     write_atomically(output, lambda temporary: torch.save(state, temporary))
 
 
-# ---------------------------------------------------------------- command line
-
-
 @dataclass
 class Config:
     dataset: str | None = option(None, "data set to write", choices=(*SHAPES, *PHANTOMS))

@@ -163,8 +163,18 @@ def picture(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def ids(root: Path, name: str = "train") -> list[str]:
+    """VOC's list of that name."""
+    return (root / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
+
+
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draw_labels(seed: int, *shape: int, classes: int = 4, ignored: float = 0.0) -> torch.Tensor:
+    labels = torch.randint(classes, shape, generator=seeded(seed))
+    return torch.where(torch.rand(shape, generator=seeded(seed + 1)) < ignored, 255, labels)
 
 
 def pasted(values: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,6 @@ from PIL import Image
 from common import augment
 from programs import seeded
 
-# height, width, crop: larger and smaller than the crop, tall, wide, equal, tiny
-SIZES = [(60, 80, 40), (80, 60, 40), (30, 20, 64), (300, 17, 48), (17, 300, 48), (48, 48, 48),
-         (3, 5, 16)]
-
-
 # ---------------------------------------------------------------- geometry
 
 
@@ -37,7 +32,9 @@ def plain_geometry(image, mask, crop, scale, rng):
     return [view[top : top + crop, left : left + crop][:, ::step] for view in views]
 
 
-@pytest.mark.parametrize("height, width, crop", SIZES)
+@pytest.mark.parametrize("height, width, crop", [  # larger and smaller, tall, wide, equal, tiny
+    (60, 80, 40), (80, 60, 40), (30, 20, 64), (300, 17, 48), (17, 300, 48), (48, 48, 48),
+    (3, 5, 16)])
 def test_geometry_agrees_with_the_plain_way(height, width, crop):
     pixels = np.random.default_rng(0)
     for seed in range(25):
@@ -213,9 +210,6 @@ def test_normalize_takes_bytes_and_floats():
     for x in (pixels, pixels / 255.0):
         torch.testing.assert_close(augment.normalize(x), want)
     torch.testing.assert_close(augment.normalize(pixels[0]), want[0])
-
-
-# ---------------------------------------------------------------- no question to the device
 
 
 def device_step(device: str) -> torch.Tensor:

@@ -41,9 +41,6 @@ def save(state: dict, path) -> str:
     return str(path)
 
 
-# ---------------------------------------------------------------- every convolutional encoder
-
-
 @pytest.mark.parametrize("backbone, weights, strides", [
     ("resnet50", "none", (4, 16)), ("resnet50", "deep_stem", (4, 16)), ("tiny", "none", (2, 8)),
     ("xception65", "none", (4, 16)), ("mobilenet_v2", "none", (4, 16))])
@@ -69,9 +66,6 @@ def test_strides_and_the_two_halves(backbone, weights, strides):
         encoder.set_submodule(name, nn.Identity())
     with torch.no_grad():
         assert torch.equal(encoder.high_level(both), high)
-
-
-# ---------------------------------------------------------------- ResNet
 
 
 def test_torchvisions_resnet_loads_as_it_is(tmp_path):
@@ -126,9 +120,6 @@ def test_the_fields_resnet_with_the_deep_stem_loads_as_it_is(tmp_path):
     assert "size mismatch for conv1.6.weight" in error_of(build_encoder, "resnet50", path)
 
 
-# ---------------------------------------------------------------- MobileNetV2
-
-
 def test_torchvisions_mobilenet_loads_and_every_second_feature_is_its_own(tmp_path):
     torch.manual_seed(0)
     network = torchvision.models.mobilenet_v2()
@@ -149,9 +140,6 @@ def test_torchvisions_mobilenet_loads_and_every_second_feature_is_its_own(tmp_pa
     assert high.std() > 0.1
     torch.testing.assert_close(ours[0], low)
     torch.testing.assert_close(ours[1][:, :, ::2, ::2], high, rtol=1e-4, atol=1e-4)
-
-
-# ---------------------------------------------------------------- Xception-65
 
 
 def separable_by_hand(x, state, name, stride=1, after=lambda x: x):
@@ -211,8 +199,6 @@ def test_xception_is_the_public_network(tmp_path):
         both = encoder.low_level(torch.randn(1, 3, size, 7))
         assert torch.equal(both[:, 256:, ::2, ::2], seen[-1]), size
 
-
-# ---------------------------------------------------------------- vision transformer
 
 BLOCK_SHAPES = {  # of one of the twelve blocks of dinov2_vits14_pretrain.pth
     "norm1.weight": (384,), "norm1.bias": (384,),

@@ -1,5 +1,6 @@
 """common/data.py: recipes, lists, the data sets' files, reading, what ranks and workers see."""
 
+import functools
 import hashlib
 import http.client
 import io
@@ -24,7 +25,7 @@ from common.data import (DATASETS, DataOptions, EvaluationSet, Sample, TrainingS
                          covering_choice, dataset_info, images_asked_for, load_data, make_loader,
                          open_image, open_mask, published_list, published_lists, read_list,
                          read_sample, training_batches, training_loader)
-from programs import assert_identical, error_of, picture, run_as_program
+from programs import assert_identical, error_of, ids, picture, run_as_program
 
 CPU = torch.device("cpu")
 HEADER = "dataset\tnames\trepository\tcommit\tpath\tlines\tsha256"
@@ -34,10 +35,6 @@ def write(path: Path, lines) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
-
-
-def ids(root: Path, name: str = "train") -> list[str]:
-    return (root / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
 
 
 def names(samples: list[Sample]) -> list[str]:
@@ -601,6 +598,14 @@ def test_few_of_sixteen_bits_of_a_colour(tmp_path):
             assert "16 bits" in error_of(open_image, tmp_path / "deep.png")
 
 
+def test_deep_colours_that_are_stored_apart(tmp_path):
+    path = tmp_path / "planar.tif"
+    Image.new("RGB", (5, 4)).save(path, tiffinfo={284: 2})
+    eight, sixteen = (struct.pack("<3H", *3 * [bits]) for bits in (8, 16))
+    path.write_bytes(path.read_bytes().replace(eight, sixteen))
+    assert "planar" in error_of(open_image, path)
+
+
 def test_stacks_are_no_pictures_and_large_ones_no_bombs(tmp_path):
     first, *others = (Image.new("L", (4, 3), 90 * number) for number in range(3))
     for name in ("stack.tif", "moving.gif"):
@@ -678,9 +683,11 @@ def test_a_photograph_that_is_turned_and_its_mask(tmp_path):
     assert module.is_turned(tmp_path / "photo.jpg") and not module.is_turned(
         tmp_path / "upright.png")
     values = np.arange(48, dtype=np.uint8).reshape(6, 8) % 2
-    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
-    mask = read_sample(Sample("photo.jpg", "turned.png"), tmp_path, 2)[1]
-    assert np.array_equal(mask, np.rot90(values, -1))
+    for name in ("turned.png", "turned.tif"):
+        Image.fromarray(values).save(tmp_path / name, exif=exif)
+        mask = read_sample(Sample("photo.jpg", name), tmp_path, 2)[1]
+        assert np.array_equal(mask, np.rot90(values, -1))
+        assert np.array_equal(np.asarray(open_image(tmp_path / name))[..., 0], mask)
 
 
 def test_what_cannot_be_learned_from_is_said_before_the_first_step(folder, capsys):
@@ -785,8 +792,12 @@ def test_truth_of_unlabeled_images_where_the_data_set_has_it(voc, voc_root, tmp_
     assert len(data.unlabeled) == 2 and "truth" not in batches_of(data)[0]
 
 
-def test_only_the_trainers_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc):
+def test_only_the_trainers_sigterm_ends_a_worker_and_ctrl_c_is_not_its(voc, request):
     """PyTorch ends workers by SIGTERM: one that ignored it would hang the program."""
+    request.addfinalizer(functools.partial(multiprocessing.set_start_method,
+                                           multiprocessing.get_start_method(), force=True))
+    multiprocessing.set_start_method("forkserver", force=True)  # as from Python 3.14 on
+
     def start() -> tuple:
         known = multiprocessing.active_children()
         batches = iter(training_loader(load_data(voc), 49, 4, 0, 0, 50, CPU, num_workers=1))
@@ -815,9 +826,6 @@ def test_default_number_of_workers(monkeypatch):
     assert (workers(16, 1, "cuda"), workers(16, 4, "cuda"), workers(64, 1, "cuda")) == (8, 4, 8)
     assert (workers(16, 1, "cpu"), workers(2, 1, "cpu"), workers(2, 4, "cpu")) == (2, 1, 0)
     assert make_loader([], CPU, None).num_workers == 0
-
-
-# ---------------------------------------------------------------- a look at a data set
 
 
 def look(voc, voc_root, tmp_path, monkeypatch, capfd) -> tuple[int, str, str]:

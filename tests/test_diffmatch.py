@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from programs import (QUICK, assert_near, assert_same_run, error_of, lines_of, on_ranks, pasted,
-                      recorded, seeded, state, stop_at)
+                      recorded, refuse, seeded, state, stop_at)
 from torch import nn
 
 import diffmatch
@@ -394,7 +394,6 @@ def test_a_step_is_algorithm_1(stride, discriminative, names, tau, adjustment, s
 
 
 def test_a_step_reads_nothing_back_from_the_device():
-    """On the meta device tensors have no values: .item() and boolean indexing raise there."""
     views = {name: value.to("meta") for name, value in draw_views(34).items()}
     _, loss, terms = step(Stub().to("meta"), views, pseudo_steps=3)
     assert loss.device.type == "meta" and {value.dim() for value in terms.values()} == {0}
@@ -474,6 +473,5 @@ def test_variants_train(options, program, tmp_path, monkeypatch):
     "--mask-channels -1", "--mask-start one", "--adjustment none", "--feedback truth",
     "--time-difference -1", "--labeled all", "--mask-channels 8 --encoding bits"])
 def test_bad_options_are_refused_in_one_line(options, program, tmp_path):
-    status, _, error = program("--output", tmp_path, *options.split())
-    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1
+    error = refuse(*program.args, "--output", tmp_path, *options.split())
     assert options.split()[0] in error or "left unlabeled" in error

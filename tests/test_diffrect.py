@@ -19,7 +19,7 @@ import diffrect
 from common import medical
 from common.evaluate import load_predictor
 from common.runtime import parse, read_json
-from programs import (assert_identical, assert_same_run, error_of, lines_of, on_ranks,
+from programs import (assert_identical, assert_same_run, draw_labels, error_of, lines_of, on_ranks,
                       ranks_draw_apart, recorded, run_as_program, seeded, state, stop_at)
 
 IGNORE = 255
@@ -28,11 +28,6 @@ INFO = dataclasses.replace(medical.DATASETS["acdc"], adjust=(0.6, 1.4), blur=(0.
 
 def draw(seed, *shape):
     return torch.randn(*shape, generator=seeded(seed))
-
-
-def draw_labels(seed, *shape, classes=4, ignored=0.0):
-    labels = torch.randint(classes, shape, generator=seeded(seed))
-    return torch.where(torch.rand(shape, generator=seeded(seed + 1)) < ignored, IGNORE, labels)
 
 
 def close(ours, expected, rel=1e-5):
@@ -413,9 +408,6 @@ def test_the_rectifier_rectifies_with_batch_statistics_and_without_dropout(diffu
             close(rectifier(coarse, coarse, slices, tau)[0][:2], logits)
 
 
-# ---------------------------------------------------------------- views
-
-
 def test_strong_views_are_torchvisions():
     slices = torch.rand(1, 1, 24, 20, generator=seeded(150))
     fixed = dataclasses.replace(INFO, adjust=(1.3, 1.3), blur=(0.8, 0.8))
@@ -435,7 +427,6 @@ def test_strong_views_are_torchvisions():
 
 
 def test_a_step_reads_nothing_back_from_the_device():
-    """On the meta device tensors have no values: .item() and boolean indexing raise there."""
     rectifier = make_rectifier().to("meta")
     coarse, fine, slices, tau = (part.to("meta") for part in draw_pairs(150, size=4))
     tau = diffrect.calibration_guidance("dice", coarse, fine, 4)
@@ -644,16 +635,12 @@ def test_who_goes_where(options, hearts, tmp_path, monkeypatch):
     assert (labels == WEAK).all() and slices.std() > 0.1 and torch.equal(guidance, tau)
 
 
-BAD = [
+@pytest.mark.parametrize("options, named", [
     (["--no-s2w", "--no-w2g"], "--model lcc"),
     (["--model", "fixmatch", "--no-s2w"], "--model diffrect"),
     (["--strong-labeled"], "--strong-labeled"),
     (["--eval-split", "tune"], "there is no tune list"),
-    (["--checkpoint-activations"], "--checkpoint-activations"),
-]
-
-
-@pytest.mark.parametrize("options, named", BAD, ids=[" ".join(options) for options, _ in BAD])
+    (["--checkpoint-activations"], "--checkpoint-activations")])
 def test_options_that_do_not_go_together_are_refused(options, named, hearts, tmp_path):
     folder = tmp_path / "run"
     config = configured(*SHORT, "--data-root", hearts, "--output", folder, *options)
@@ -675,9 +662,6 @@ def test_what_is_left_to_the_recipes(hearts):
     assert (config.consistency, config.rectify_weight) == (1, 0.3)
     assert (config.rampup, config.warmup) == (360, 360) and options.rampup is None
     assert diffrect.ramp(0, 0) == diffrect.ramp(7, 5) == 1 > 0.007 > diffrect.ramp(0, 5)
-
-
-# ---------------------------------------------------------------- ranks
 
 
 def test_two_ranks_have_the_loss_of_one_process(tmp_path):

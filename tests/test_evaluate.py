@@ -89,11 +89,9 @@ def test_ece_equals_counting():
         assert m / 15 <= row["confidence"] <= row["upper"] == (m + 1) / 15
 
 
-WINDOWS = [((25, 12), (0, 8, 13), (0,)), ((5, 33), (0,), (0, 8, 16, 21)), ((12, 12), (0,), (0,)),
-           ((28, 20), (0, 8, 16), (0, 8))]  # of 12 x 12 pixels, 8 apart: size, tops, lefts
-
-
-@pytest.mark.parametrize("size, tops, lefts", WINDOWS)
+@pytest.mark.parametrize("size, tops, lefts", [  # windows of 12 x 12 pixels, 8 apart
+    ((25, 12), (0, 8, 13), (0,)), ((5, 33), (0,), (0, 8, 16, 21)), ((12, 12), (0,), (0,)),
+    ((28, 20), (0, 8, 16), (0, 8))])
 def test_windows_are_averaged_as_probabilities(size, tops, lefts):
     torch.manual_seed(0)
     network = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)  # sees the window's border
@@ -461,16 +459,13 @@ def test_table_of_volumes_is_that_of_the_test_list(command, tmp_path):
     write_run(tmp_path / "a" / "seed2", last=of_volumes(90.0, 1))  # killed before its test list
     assert cells(command("--table", tmp_path)[0]) == [
         ["run", "seeds", "Dice", "Jaccard", "HD95", "ASD", "empty masks"],
-        ["a", "2", "82.0 ± 2.8", "60.0 ± 0.0", "5.0", "1.5 ± 0.0", "2.0 ± 0.0"]]
+        ["a", "2", "82.0 ± 2.8", "60.0 ± 0.0", "5.0 (n = 1)", "1.5 ± 0.0", "2.0 ± 0.0"]]
     per_class = cells(command("--table", tmp_path, "--per-class")[0])
     assert per_class == [["run", "seeds", "heart", "lung"], ["a", "2", "83.0 ± 2.8", "-"]]
     write_run(tmp_path / "b" / "seed0", last=of_images(20.0))
     for flags in ([], ["--per-class"]):
         assert "folders of their own" in command("--table", tmp_path, *flags)[1]
     assert "no finished run in" in command("--table", tmp_path / "nowhere")[1]
-
-
-# ---------------------------------------------------------------- the table of claims
 
 
 def test_claims_are_paired_by_seed(command, tmp_path, monkeypatch):

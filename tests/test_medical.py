@@ -35,37 +35,34 @@ def test_volumes_come_back_as_they_were(missing, tmp_path):
     volume = replace(random_volume(), **dict.fromkeys(missing))
     path = tmp_path / "deep" / "any.ending"
     write_volume(path, volume)
-    found = read_volume(path, 4)
+    found = read_volume(path, 4, "label" not in missing)
     low, high = volume.image.min(), volume.image.max()
     assert found.image.dtype == np.float32 and found.spacing == volume.spacing
     np.testing.assert_array_equal(found.image, (volume.image - low) / (high - low))
     np.testing.assert_array_equal(found.label, volume.label)  # None is None
     write_volume(path, found)  # what is normalised already keeps its bits
-    assert read_volume(path).image.tobytes() == found.image.tobytes()
+    assert read_volume(path, 4, found.label is not None).image.tobytes() == found.image.tobytes()
     assert list(path.parent.iterdir()) == [path]  # no temporary file
     assert not medical.min_max(np.full((2, 3, 4), 7.5)).any()  # without contrast
 
 
 IMAGE, LABEL = np.arange(12.0).reshape(3, 2, 2), np.ones((3, 2, 2), int)
-BAD_ARRAYS = {
-    "no image": ({"image": None}, "image"),
-    "2-D": ({"image": np.zeros((3, 4)), "label": None}, "(3, 4)"),
-    "no slices": ({"image": np.zeros((0, 2, 2)), "label": None}, "(0, 2, 2)"),
-    "nan": ({"image": np.where(IMAGE == 5, np.nan, IMAGE)}, "finite"),
-    "another shape": ({"label": np.ones((3, 2, 3))}, "(3, 2, 3)"),
-    "too large": ({"label": np.where(IMAGE == 5, 4, LABEL)}, "[4]"),
-    "far too large": ({"label": np.where(IMAGE == 5, 256, LABEL)}, "[256]"),  # 0 in 8 bits
-    "negative": ({"label": np.where(IMAGE == 5, -1, LABEL)}, "[-1]"),  # 255 in 8 bits
-    "half a label": ({"label": LABEL * 0.5}, "[0.5]"),
-    "pickled": ({"label": LABEL.astype(object)}, "allow_pickle"),
-    "two spacings": ({"spacing": np.ones(2)}, "spacing"),
-    "spacing zero": ({"spacing": np.array([10.0, 0, 1])}, "spacing"),
-}
 
 
-@pytest.mark.parametrize("bad", BAD_ARRAYS)
-def test_wrong_arrays_are_named(bad, tmp_path):
-    changes, says = BAD_ARRAYS[bad]
+@pytest.mark.parametrize("changes, says", [
+    ({"image": None}, "image"),
+    ({"image": np.zeros((3, 4))}, "(3, 4)"),
+    ({"image": np.zeros((0, 2, 2))}, "(0, 2, 2)"),
+    ({"image": np.where(IMAGE == 5, np.nan, IMAGE)}, "finite"),
+    ({"label": np.ones((3, 2, 3))}, "(3, 2, 3)"),
+    ({"label": np.where(IMAGE == 5, 4, LABEL)}, "[4]"),
+    ({"label": np.where(IMAGE == 5, 256, LABEL)}, "[256]"),  # 0 in 8 bits
+    ({"label": np.where(IMAGE == 5, -1, LABEL)}, "[-1]"),  # 255 in 8 bits
+    ({"label": LABEL * 0.5}, "[0.5]"),
+    ({"label": LABEL.astype(object)}, "allow_pickle"),
+    ({"spacing": np.ones(2)}, "spacing"),
+    ({"spacing": np.array([10.0, 0, 1])}, "spacing")])
+def test_wrong_arrays_are_named(changes, says, tmp_path):
     arrays = {"image": IMAGE, "label": LABEL, "spacing": np.array(SPACING), **changes}
     path = tmp_path / "bad.npz"
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
@@ -315,6 +312,14 @@ def test_truth_of_unlabeled_slices_is_read_only_where_it_is_allowed(data, tmp_pa
         assert torch.equal(85 * truth[valid], batch["unlabeled"][:, 0][valid])
     write_slices(tmp_path / "l0.npz", [0, 3, 2, 1], label=False)
     assert "l0.npz has no label" in error_of(batches, data)
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_volumes_to_score_have_labels_before_the_first_step(data, name, tmp_path):
+    getattr(data, name).append(write_slices(tmp_path / "s.npz", [0, 3]))
+    assert batches(data)
+    write_slices(tmp_path / "s.npz", [0, 3], label=False)
+    assert "s.npz has no label" in error_of(batches, data)
 
 
 def test_batches_depend_neither_on_workers_nor_on_a_restart(data):

@@ -186,9 +186,6 @@ def test_channel_mask_multiplies_all_four_maps():
     assert all((features[1, 7] == 0).all() and features[0, 7].any() for features in maps[-4:])
 
 
-# ---------------------------------------------------------------- hard pixels
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
 def test_hard_pixels_one_by_one(threshold):
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from common.data import DATASETS, TO_LABEL_ID, dataset_info
 from common.medical import DATASETS as VOLUME_DATASETS
 from common.medical import Volume, read_volume, write_volume
 from common.models import DeepLabV3Plus
-from programs import error_of, picture, recorded, run_as_program
+from programs import error_of, on_ranks, picture, recorded, run_as_program
 
 INFO = dataset_info("folder", "ground,water,trees")
 
@@ -123,6 +123,18 @@ def test_inputs_are_never_overwritten(network, command, tmp_path):
         line = error_of(command, "--output", tmp_path, *(tmp_path / name for name in given))
         assert "overwrite an input: choose another --output" in line
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+
+
+def test_ranks_share_the_pictures(network, monkeypatch, tmp_path):
+    for number in range(5):
+        write_picture(tmp_path / "in" / f"{number}.png", 9, 7)
+    (tmp_path / "in" / "3.png").write_bytes(b"broken")  # the second rank's
+    words = f"predict --checkpoint c.pt --device cpu --output {tmp_path}/out {tmp_path}/in"
+    monkeypatch.setattr(sys, "argv", words.split())
+    drawn = recorded(monkeypatch, predict, "predict_picture")
+    assert on_ranks(lambda rank: (predict.main(), len(drawn)), tmp_path) == [(1, 3), (1, 2)]
+    assert {path.name for path in (tmp_path / "out").glob("?.png")} == {
+        f"{number}.png" for number in (0, 1, 2, 4)}
 
 
 def test_cityscapes_is_written_as_label_ids(command, monkeypatch, tmp_path):

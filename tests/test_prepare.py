@@ -218,9 +218,9 @@ def lucchi(tmp_path) -> Path:
     return tmp_path
 
 
-def tiff_of_ones_and_twos(root: Path) -> bytes:
-    pages = [Image.fromarray(page // 255 + 1) for page in stack_of(4)[1]]
-    pages[0].save(root / "other.tif", save_all=True, append_images=pages[1:])
+def other_tiff(root: Path, change, **options) -> bytes:
+    pages = [Image.fromarray(change(page)) for page in stack_of(4)[1]]
+    pages[0].save(root / "other.tif", save_all=True, append_images=pages[1:], **options)
     return (root / "other.tif").read_bytes()
 
 
@@ -244,8 +244,10 @@ def test_slices_and_lists_of_lucchi(lucchi, tmp_path):
     ("training.tif", lambda root: (root / "training.tif").read_bytes()[:9000], "training.tif"),
     ("testing_groundtruth.tif", lambda root: (root / "training.tif").read_bytes(), "another size"),
     ("training_groundtruth.tif", lambda root: (root / "training.tif").read_bytes(), "other values"),
-    ("testing_groundtruth.tif", lambda root: tiff_of_ones_and_twos(root), "other values"),
-])
+    ("testing_groundtruth.tif", lambda root: other_tiff(root, lambda page: page // 255 + 1),
+     "other values"),
+    ("testing_groundtruth.tif", lambda root: other_tiff(root, np.invert, tiffinfo={262: 0}),
+     "WhiteIsZero")])
 def test_stacks_that_cannot_be_used(lucchi, name, content, words):
     (lucchi / name).write_bytes(content(lucchi))
     assert words in error_of(convert, "lucchi", "--root", lucchi)

@@ -54,9 +54,6 @@ def stop_at_next(file: Path, number: int, command: list) -> tuple[int, str, str]
     return interrupt(number, lambda: written() > before, *command)
 
 
-# ---------------------------------------------------------------- stopped and gone on
-
-
 def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(pictures, tmp_path, here):
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     out = here("daw.py", *options(pictures, whole))
@@ -82,9 +79,6 @@ def test_sigterm_and_sigkill_leave_a_run_that_goes_on_bit_for_bit(pictures, tmp_
     assert (folder / "latest.pt").stat().st_mtime_ns == saved
 
 
-# ---------------------------------------------------------------- torchrun
-
-
 def test_two_ranks_train_and_evaluate_every_image_once(pictures, tmp_path, here):
     folder = tmp_path / "run"
     done = run("daw.py", *options(pictures, folder), torchrun=2)
@@ -105,9 +99,6 @@ def test_the_last_line_of_torchrun_is_ours(tmp_path):
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("error: no ImageSets/Segmentation/train")
     assert done.stderr.count("error: no ImageSets") == 1
-
-
-# ---------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize("script", ["daw.py", "pos_meo.py", "diffmatch.py", "usrn.py"])
@@ -132,9 +123,6 @@ def test_options_arrive(script, shapes, tmp_path, monkeypatch, capfd):
     assert {seed for ((seed, *_),) in draws} == {3}
     assert "no.pth" in refuse(*program, tmp_path / "none", "--weights", "no.pth")
     assert not (tmp_path / "none").exists()
-
-
-# ---------------------------------------------------------------- bad input
 
 
 def test_bad_input_gives_one_line(pictures, tmp_path, monkeypatch, capfd):

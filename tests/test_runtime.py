@@ -263,7 +263,7 @@ def test_ema_equals_its_closed_form():
     assert not any(parameter.requires_grad for parameter in ema.parameters())
 
 
-# ---------------------------------------------------------------- averages and files
+# ---------------------------------------------------------------- files
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import error_of, in_processes, refuse, run_as_program
+from programs import error_of, ids, in_processes, refuse, run_as_program
 
 from common import synthetic
 from common.backbones import build_encoder
@@ -43,10 +43,6 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
-def read_list(root: Path, name: str) -> list[str]:
-    return (root / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().splitlines()
-
-
 def read_label(root: Path, name: str) -> np.ndarray:
     return np.asarray(Image.open(root / "SegmentationClass" / f"{name}.png"))
 
@@ -58,7 +54,7 @@ def test_layout_and_formats(shapes):
     assert {entry.name for entry in shapes.iterdir()} == {
         "JPEGImages", "SegmentationClass", "ImageSets", "classes.txt", "generator.json"}
     assert (shapes / "classes.txt").read_text().split() == list(SHAPES["shapes"].classes)
-    splits = {split: read_list(shapes, split) for split in ("train", "val", "tune")}
+    splits = {split: ids(shapes, split) for split in ("train", "val", "tune")}
     assert {split: len(set(names)) for split, names in splits.items()} == {
         "train": 60, "val": 4, "tune": 3}
     names, seen = {name for split in splits.values() for name in split}, set()
@@ -117,8 +113,8 @@ def test_labels_follow_the_textures():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_labeled_lists_are_nested_and_cover_the_classes(shapes, suffix):
-    lists = {size: read_list(shapes, f"labeled_{size}{suffix}") for size in (12, 24, 48)}
-    assert set(lists[12]) < set(lists[24]) < set(lists[48]) < set(read_list(shapes, "train"))
+    lists = {size: ids(shapes, f"labeled_{size}{suffix}") for size in (12, 24, 48)}
+    assert set(lists[12]) < set(lists[24]) < set(lists[48]) < set(ids(shapes, "train"))
     for (size, names), wanted in zip(lists.items(), (2, 3, 4)):
         assert len(set(names)) == len(names) == size
         labels = [read_label(shapes, name) for name in names]
@@ -132,7 +128,7 @@ def test_labeled_choice_takes_what_there_is(shapes):
     sets = choose_labeled(present, np.random.default_rng(0))
     assert {size: len(set(rows)) for size, rows in sets.items()} == {12: 12, 24: 24, 48: 48}
     assert 7 in sets[12]
-    assert len({tuple(read_list(shapes, f"labeled_12{suffix}")) for suffix in SUFFIXES}) == 3
+    assert len({tuple(ids(shapes, f"labeled_12{suffix}")) for suffix in SUFFIXES}) == 3
 
 
 @pytest.mark.parametrize("name", ["shapes", "shapes_severe"])
