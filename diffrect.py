@@ -310,7 +310,7 @@ class Rectifier(nn.Module):
     def embed(self, labels: Tensor, slices: Tensor, guidance: Tensor,
               slice_features: list[Tensor]) -> list[Tensor]:
         """B_sem of Eq. 5: features of five levels. As released, the slice is an input channel, and
-        its own features are added to each level (Section 3.1: concatenated)."""
+        its own features are added to each level (Section 3.1 concatenates some, not said where)."""
         masks = torch.cat([slices, color_masks(labels, self.colors)], dim=1)
         return self.mask_encoder(masks, guidance, slice_features)
 

@@ -92,7 +92,7 @@ class Config(DataOptions, RunOptions):
 
 
 def subclasses_to_parents(probs: Tensor, parent_of: Tensor, num_classes: int) -> Tensor:
-    """M of Eq. 7: of subclasses [B, K, ...] -> of classes [B, C, ...], sums; parent_of [K]."""
+    """M of Eq. 4, 7: of subclasses [B, K, ...] -> of classes [B, C, ...], sums; parent_of [K]."""
     parents = probs.new_zeros(len(probs), num_classes, *probs.shape[2:])
     return parents.index_add_(1, parent_of, probs)
 

@@ -244,9 +244,9 @@ def read_array(path: Path, name: str) -> tuple:
 
 
 def random_splits(names: list[str], train: int, total: int, seed: int) -> dict[str, list[str]]:
-    """Two splits of ours: the paper's are not in its repository."""
+    """Two splits of ours: the authors' are not in their repository."""
     if len(names) != total:
-        print(f"found {len(names)} of {total} patients: not the paper's set", flush=True)
+        print(f"found {len(names)} of {total} patients: not the whole set", flush=True)
     count = len(names) - max(1, round(len(names) * (1 - train / total)))
     lists = {}
     for split, suffix in ((1, ""), (2, "_split2")):
