@@ -328,8 +328,9 @@ def train(config: Config) -> None:
     if config.checkpoint_activations:
         checkpoint_activations(model, config.compile)
     model.to(device, memory_format=torch.channels_last)
-    network = torch.compile(model) if config.compile else model
-    functorch.donated_buffer = False  # else the first backward, compiled, frees the second's
+    # The first backward, compiled, must not free the second's; code that daw.py has cached would.
+    functorch.donated_buffer = False
+    network = torch.compile(model, options={"fx_graph_cache": False}) if config.compile else model
     groups = model.parameter_groups(config.lr, config.head_lr_multiplier)
     if is_v2:
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)

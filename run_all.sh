@@ -49,6 +49,7 @@ if [ "${1:-}" = test ]; then exec "$python" -m pytest -q "${@:2}" tests; fi
 export python folder options data
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 train() {  # seed, row, script, options: one that fails stops no other
+    shopt -u patsub_replacement 2>/dev/null || true  # a path's & is no more than that
     set -- "${@//DATA/$data}"  # only here, in whole words: the path may hold spaces
     local run="$folder/$2/seed$1"
     mkdir -p "$run"

@@ -143,8 +143,7 @@ def main() -> int:
             problems.append(f"{file}: {explain(error)}")
     for problem in problems:
         print(f"error: {' '.join(problem.split())}", file=sys.stderr)
-    problems_of_all = all_reduce_sum(torch.tensor(len(problems), device=device))
-    return int(problems_of_all > 0)
+    return int(all_reduce_sum(torch.tensor(len(problems), device=device)) > 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ast
 import copy
 import inspect
+import shutil
 from contextlib import nullcontext
 from unittest import mock
 
@@ -441,6 +442,39 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
     miou = runtime.read_json(whole / "results.json")["last"]["miou"]
     assert rows[1]["miou"] == rows[4]["miou"] == miou != rows[0]["miou"]
     assert rows[1]["loss"] == rows[4]["loss"] and len({row["loss"] for row in rows}) == 5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiles, which needs a C++ compiler")
+def test_code_that_another_method_has_compiled_is_not_taken(shapes, tmp_path, monkeypatch):
+    """PyTorch keeps it on disk, whether or not it frees what a second backward pass reads."""
+    class Network(nn.Module):
+        def __init__(self, *arguments):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(),
+                                        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                                        nn.Conv2d(8, 8, 1))
+
+        def parameter_groups(self, *rates):
+            return [{"params": list(self.parameters()), "lr": 0.1}]
+
+        def forward(self, images, perturb=0):
+            logits = self.layers(images)
+            return (logits, 2 * logits[-perturb:]) if perturb else logits
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(pos_meo.functorch, "donated_buffer", True)
+    monkeypatch.setattr(daw, "DeepLabV3Plus", Network)
+    monkeypatch.setitem(pos_meo.BASELINES, "unimatch_v1", Network)
+    options = [*QUICK, "--data-root", shapes, "--iterations", "1", "--eval-every", "1"]
+    for name, script, *more in (("eager", pos_meo), ("other", daw, "--compile"),
+                                ("compiled", pos_meo, "--compile")):
+        argv = [*options, *more, "--output", tmp_path / name]
+        argv += ["--warmup", "0", "--threshold", "0"] if script is pos_meo else []
+        script.train(runtime.parse(script.Config, argv=[*map(str, argv)]))
+        torch._dynamo.reset()
+        monkeypatch.setattr(pos_meo.functorch, "donated_buffer", True)
+    eager, compiled = (lines_of(tmp_path / name)[0] for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
 
 
 @pytest.mark.parametrize("options, named", [
