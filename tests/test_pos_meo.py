@@ -462,17 +462,16 @@ def test_code_that_another_method_has_compiled_is_not_taken(shapes, tmp_path, mo
             return (logits, 2 * logits[-perturb:]) if perturb else logits
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(pos_meo.functorch, "donated_buffer", True)
     monkeypatch.setattr(daw, "DeepLabV3Plus", Network)
     monkeypatch.setitem(pos_meo.BASELINES, "unimatch_v1", Network)
     options = [*QUICK, "--data-root", shapes, "--iterations", "1", "--eval-every", "1"]
     for name, script, *more in (("eager", pos_meo), ("other", daw, "--compile"),
                                 ("compiled", pos_meo, "--compile")):
+        monkeypatch.setattr(pos_meo.functorch, "donated_buffer", True)  # as in a new process
         argv = [*options, *more, "--output", tmp_path / name]
         argv += ["--warmup", "0", "--threshold", "0"] if script is pos_meo else []
         script.train(runtime.parse(script.Config, argv=[*map(str, argv)]))
         torch._dynamo.reset()
-        monkeypatch.setattr(pos_meo.functorch, "donated_buffer", True)
     eager, compiled = (lines_of(tmp_path / name)[0] for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-3)
 
