@@ -127,7 +127,7 @@ def debias_penalty(logits: Tensor, class_prior: Tensor, t: Tensor, tau: float,
                    adjustment: str = "scaled") -> Tensor:
     """tau t |f - f / (C p(y_0))|^2 of Eq. 9, [B, H, W], for logits [B, C, H, W], prior [C], t [B].
     scaled: f / (C p) is made to sum to one and a constant for the gradient, which thus pulls f
-    towards it, mostly from head to tail classes. printed: neither, which moves f to the head.
+    towards it, mostly from head to tail classes. printed: neither: f moves to where C p is near 1.
     """
     probs = logits.float().softmax(dim=1)
     debiased = probs / (len(class_prior) * class_prior).to(probs).view(1, -1, 1, 1)

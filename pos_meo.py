@@ -138,7 +138,7 @@ def magnification(products: Tensor, alpha_unsup: Tensor) -> Tensor:
 
 def integration_weights(products: Tensor, strategy: str, alpha_unsup: float | None = None,
                         cap: float = 1.0) -> Tensor:
-    """What g_s and g_u are multiplied with before they are added, float64 [2]."""
+    """What g_s and g_u are multiplied with, float64 [2], by uniform, fixed, pos or pos_meo."""
     if strategy in ("uniform", "fixed"):
         alpha = torch.full_like(products[0], 0.5 if strategy == "uniform" else alpha_unsup)
     else:
@@ -195,9 +195,9 @@ class Gradients:
         sizes = [value.numel() for value in self.parameters]
         self.flat = self.parameters[0].new_zeros(rows, sum(sizes))
         # In the parameters' own memory format, as optimizers that treat many at once want it.
+        dense = [torch.empty_like(value, device="meta") for value in self.parameters]
         self.views = [[piece.as_strided(value.shape, value.stride())
-                       for piece, value in zip(row.split(sizes), self.parameters)]
-                      for row in self.flat]
+                       for piece, value in zip(row.split(sizes), dense)] for row in self.flat]
 
     def backward(self, loss: Tensor, row: int, retain_graph: bool = False) -> None:
         self.flat[row].zero_()
@@ -214,7 +214,7 @@ class Gradients:
             all_reduce_sum(self.flat[:rows]).div_(torch.distributed.get_world_size())
 
     def integrate(self, weights: Tensor) -> None:
-        """Make weights[0] g_s + weights[1] g_u the parameters' gradient."""
+        """Make weights[0] g_s + weights[1] g_u the parameters' gradient, in the place of g_s."""
         weights = weights.to(self.flat.dtype)
         self.flat[SUP].mul_(weights[SUP]).addcmul_(self.flat[UNSUP], weights[UNSUP])
         self.select(SUP)

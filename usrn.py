@@ -305,7 +305,7 @@ def spread_centroids(features: Tensor, num_clusters: int, generator: torch.Gener
 
 
 def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """[N, D], [K, D] -> float32 [N, K]."""
+    """[N, D], float32 [K, D] -> float32 [N, K]."""
     middle = centroids.mean(dim=0)  # far from the origin, rounding would hide distances
     return torch.cat([torch.cdist(block.float() - middle, centroids - middle).square_()
                       for block in points.split(BLOCK)])

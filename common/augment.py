@@ -20,7 +20,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in the order of the colour j
 
 
 def weak_geometry(image: Image.Image, mask: np.ndarray | None, crop: int, scale, rng):
-    """Resized by a factor within scale, cropped (padded right and bottom), flipped with p 0.5.
+    """Resized within scale, in whole pixels, cropped (padded right and bottom), flipped with p 0.5.
 
     image: PIL RGB; mask: uint8 [H, W] or None. Returns the image uint8 [3, crop, crop], the mask
     uint8 [crop, crop] or None, and valid, bool [crop, crop]; on padding 0, 255 and False.

@@ -551,11 +551,17 @@ def opened(path: Path, stack: bool = False):
         pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a camera's
         require(pages == 1 or stack, f"{path} holds {pages} pictures: save each as a file")
         tags = getattr(image, "tag_v2", {})
-        inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-        require(not inverted, f"{path} stores white as 0 (WhiteIsZero): save it as PNG")
-        apart = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
-        require(not apart or max(tags[TiffImagePlugin.BITSPERSAMPLE]) <= 8,
-                f"{path} stores colours of 16 bits apart (planar), misread here: save it as PNG")
+        deep = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))) > 8
+        signed = 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ())
+        two_colours = image.format == "BMP" and image.mode == "1" and image.tile[0][0] == "raw"
+        one_bit = (image.width + 31 >> 3) & ~3  # bytes of a row, with which Pillow reads others
+        for misread, what in (
+                (tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0,
+                 "white as 0 (WhiteIsZero)"),
+                (tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and deep, "planar 16 bits"),
+                (signed and not deep, "signed bytes"),
+                (two_colours and image.tile[0][3][1] != one_bit, "two colours in bytes")):
+            require(not misread, f"{path} stores {what}, which is misread here: save it as PNG")
         yield image
 
 
@@ -742,8 +748,8 @@ def training_loader(data: Data, crop: int, batch_size: int, seed: int, start: in
 
 
 def check_labels(data: Data) -> None:
-    """Names classes without a labeled pixel. Raises UserError for a val list without labels, and
-    where fewer than two classes are to be learned."""
+    """Names classes without a labeled pixel. Raises UserError for a val list without labels, where
+    fewer than two classes are to be learned, and for palettes that contradict each other."""
     masks = (open_mask(data.root / sample.mask, data.info.num_classes) for sample in data.val)
     require(any((mask != IGNORE).any() for mask in masks), "no pixel of the val list has a label")
     seen = data.class_pixels > 0
@@ -752,6 +758,27 @@ def check_labels(data: Data) -> None:
                                  f"{', '.join(without)}: classes are 0, 1, 2, ...; 255 is ignored")
     if without:
         say(f"warning: no labeled pixel is {' or '.join(without)}")
+    masks = [sample.mask for sample in data.labeled + data.val + data.tune]
+    check_palettes([data.root / mask for mask in masks if not os.path.isabs(mask)])  # the user's
+
+
+def check_palettes(masks: list[Path]) -> None:
+    """Raises UserError where two show one index in two colours: an order of each file's own."""
+    palettes, shown = {}, {}
+    for path in masks:
+        with opened(path) as image:
+            if image.mode == "P":
+                palettes[path] = bytes(image.getpalette())
+    if len(set(palettes.values())) < 2:  # nothing is decoded
+        return
+    for path, palette in palettes.items():
+        with opened(path) as image:
+            used = {index for _, index in image.getcolors()} - {IGNORE}
+        for index in used:
+            color = palette[3 * index : 3 * index + 3]
+            other = shown.setdefault(index, (color, path))
+            require(other[0] == color, f"{path} shows class {index} in another colour than "
+                                       f"{other[1]}: save masks with one palette, or in grey")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from common import medical
 from common.augment import IGNORE, normalize
 from common.data import Data, DataOptions, EvaluationSet, dataset_info, load_data, make_loader
 from common.figures import plot_calibration, sample_grid
-from common.runtime import (RESUMABLE, Parser, all_reduce_sum, average_buffers, init_distributed,
+from common.runtime import (RESUMABLE, Parser, all_reduce_sum, evaluating, init_distributed,
                             parse, rank, read_checkpoint, read_json, read_metrics, reading,
                             require, run_main, say, world_size, write_json)
 
@@ -38,7 +38,8 @@ CLAIMS = ROOT / ".docs/claims.tsv"
 BINS = 15
 MODES = "whole", "aligned", "sliding"
 STRIDE = 16  # of convolutional encoders, or a multiple
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 df
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+         2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # Student's t, 1 to 19 df; then a bit too wide
 
 Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> logits [B, C, H, W]
 
@@ -152,20 +153,17 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
     (true classes) of counts. In 0..1: ece, reliability; with a `threshold` pseudo_label_share, of
     the pixels with at least this confidence, and pseudo_label_accuracy among them. images is their
     number. Undefined values are None. mode: the data set's unless given. The network is put
-    into eval mode, with running statistics averaged over ranks, and back into the mode it had.
+    into eval mode, with running statistics averaged over ranks, and each part back into its own.
     """
     samples = getattr(data, split, [])
     require(bool(samples) and all(sample.mask for sample in samples),
             f"{data.info.name} has no {split} images with labels")
-    average_buffers(network)
-    training = network.training
-    network.eval()
     mode, classes = mode or data.info.evaluation, data.info.num_classes
     sizes = (classes**2, 3 * BINS, 2, 1)
     totals = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     confusion, histogram, accepted, images = totals.split(sizes)  # views
     mine = EvaluationSet(samples[rank() :: world_size()], data.root, classes)  # each image once
-    with torch.inference_mode():
+    with evaluating(network), torch.inference_mode():
         for batch in make_loader(mine, device, num_workers, batch_size=data.info.eval_batch):
             image = normalize(batch["image"].to(device, non_blocking=True))
             label = batch["label"].to(device, non_blocking=True)
@@ -177,7 +175,6 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
             if threshold is not None:
                 chosen = valid & (confidence >= threshold)
                 accepted += torch.stack([chosen.sum(), (chosen & correct).sum()])
-    network.train(training)
 
     # One message between the ranks; float64 holds counts exactly up to 2^53.
     confusion, histogram, accepted, images = all_reduce_sum(totals).cpu().split(sizes)
@@ -460,11 +457,11 @@ def main() -> None:
         results |= evaluate(network, data, args.split, config["crop"], device, args.num_workers,
                             args.threshold, args.mode)
     if rank() == 0:
-        print((medical.report if of_volumes else report)(results))
         if args.output:
             write_json(args.output, results)
         if args.figure:
             plot_calibration(results, info.classes, args.figure)
+        print((medical.report if of_volumes else report)(results))  # last: it may go into a pipe
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.augment import IGNORE, to_float
 from common.data import collate_training, copies_of, digest_of, make_loader, training_batches
 from common.figures import sample_grid, voc_palette
-from common.runtime import (all_reduce_sum, average_buffers, main_first, option, rank, reading,
+from common.runtime import (all_reduce_sum, evaluating, main_first, option, rank, reading,
                             require, world_size, write_atomically)
 from common.synthetic import CARDIAC_CLASSES, generate
 
@@ -159,8 +159,11 @@ def read_nifti(path: Path, first_channel: bool = False) -> tuple:
     file = kinds[0].from_bytes(content)
     head = type(file.header)(content[: file.header.sizeof_hdr], check=False)  # it makes 1 mm of 0
     zooms = tuple(abs(float(zoom)) for zoom in head.get_zooms()[:3])
-    usable = all(0 < zoom < np.inf for zoom in zooms) and head.get_xyzt_units()[0] != "micron"
-    require(usable, f"{path}: voxels of {zooms} {head.get_xyzt_units()[0]}, not mm")
+    unit, sound = head.get_xyzt_units()[0], file.dataobj.offset >= file.header.sizeof_hdr
+    usable = all(0 < zoom < np.inf for zoom in zooms) and unit in ("mm", "unknown")
+    require(usable, f"{path}: voxels of {zooms} {unit}, not mm")
+    sound = sound and np.isfinite(file.affine).all() and np.linalg.det(file.affine[:3, :3]) != 0
+    require(sound, f"{path}: its header is damaged (where voxels begin, or how they lie)")
     array = np.asarray(file.dataobj)
     array = array.reshape(*array.shape[:3], -1)[..., : 1 if first_channel else None]
     require(array.shape[3:] == (1,) and array.dtype.kind in "biuf",
@@ -426,18 +429,15 @@ def evaluate_volumes(network: nn.Module, files: list[VolumeFile], info: VolumeIn
     them out, unless `released_empty` scores all as DiffRect's test script. A mean of nothing is
     None. The network is put into eval mode, with statistics averaged over ranks, and back again.
     """
-    average_buffers(network)
-    training = network.training
-    network.eval()
     classes = info.classes[1:]
     table = np.zeros((len(files), len(classes), len(METRICS) + 2))
-    for index in range(rank(), len(files), world_size()):
-        volume = read_volume(files[index].path, info.num_classes)
-        prediction = segment_volume(network, volume.image, crop, device)
-        prediction[volume.label == IGNORE] = IGNORE
-        table[index] = [score(prediction == number, volume.label == number, volume.spacing)
-                        for number in range(1, info.num_classes)]
-    network.train(training)
+    with evaluating(network):
+        for index in range(rank(), len(files), world_size()):
+            volume = read_volume(files[index].path, info.num_classes)
+            prediction = segment_volume(network, volume.image, crop, device)
+            prediction[volume.label == IGNORE] = IGNORE
+            table[index] = [score(prediction == number, volume.label == number, volume.spacing)
+                            for number in range(1, info.num_classes)]
     total = all_reduce_sum(torch.from_numpy(table).to(device)).cpu()
     scores, voxels = total.split([len(METRICS), 2], dim=2)
     require(bool(voxels[..., 1].any()), "no volume of the evaluated list shows a class but 0")

@@ -178,7 +178,7 @@ class Fusion(nn.Module):
 
 class DPT(SegmentationNetwork):
     """forward(images, channel_mask [B, encoder.dim]) multiplies the encoder's four maps by the mask
-    (UniMatch V2's complementary dropout). Images are resized to whole patches first.
+    (UniMatch V2's complementary dropout); has no `features`. Images become whole patches first.
     """
 
     def __init__(self, backbone: str, num_classes: int, weights: str = "default"):

@@ -5,14 +5,15 @@
 holiday.jpg gives holiday.png, a palette PNG of its size whose values are the class numbers (for
 Cityscapes grey labelIds), and holiday_overlay.png. (`--mode whole` is how pascal and coco are
 scored.) A checkpoint of volumes takes .npz and NIfTI: heart.npz gives heart.npz, the image
-(min-max normalised) with the predicted label, heart.nii.gz gives heart.nii.gz, the labels on its
-grid. What cannot be read is reported and left out; the exit status is then 1. Under torchrun the
-ranks share the files.
+(min-max normalised) with the predicted label, heart.nii.gz gives heart.nii.gz, class numbers on
+its grid. What cannot be read is reported and left out; the exit status is then 1. Under torchrun
+the ranks share the files.
 """
 
 import dataclasses
 import gzip
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def output_paths(files: list[Path], folder: Path, of_volumes: bool) -> dict[Path
 
     Raises UserError where an input would be overwritten.
     """
-    def place(path: Path) -> tuple[Path, str]:  # some disks know no case
-        return path.resolve().parent, path.name.lower()
+    def place(path: Path) -> tuple[Path, str]:  # some disks know no case, and one form of an é
+        return path.resolve().parent, unicodedata.normalize("NFC", path.name.lower())
 
     inputs, outputs, taken = set(map(place, files)), {}, set()
     for file in files:

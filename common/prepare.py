@@ -229,7 +229,9 @@ def lie_alike(*files) -> bool:
     first = [file.as_reoriented(orientations.ornt_transform(way, lps)).affine[:, 3]
              for file, way in zip(files, ways)]
     apart = np.abs(np.subtract(*first)).max()
-    return np.array_equal(*ways) or apart < min(files[0].header.get_zooms()[:3])
+    said = [file.header["sform_code"] + file.header["qform_code"] > 0 for file in files]
+    near = said[0] == said[1] and apart < min(files[0].header.get_zooms()[:3])
+    return near or np.array_equal(*ways)
 
 
 def read_array(path: Path, name: str) -> tuple:
@@ -239,7 +241,9 @@ def read_array(path: Path, name: str) -> tuple:
             import h5py
 
             with h5py.File(path) as file:
-                return None, file[name][()], None
+                array = np.asarray(file[name])
+            require(array.dtype.kind in "biuf" and array.size, f"{path}: no numbers in {name}")
+            return None, array, None
         return read_nifti(path, path.parent.name.lower() == "imagestr")  # T2, beside ADC
 
 

@@ -301,6 +301,17 @@ def average_buffers(model: nn.Module) -> None:
             all_reduce_sum(buffer).div_(world_size())
 
 
+@contextlib.contextmanager
+def evaluating(network: nn.Module):
+    """In eval mode, with statistics averaged over ranks; after it every part is as it was."""
+    average_buffers(network)
+    modes = {part: part.training for part in network.modules()}  # some may be frozen
+    network.eval()
+    yield
+    for part, training in modes.items():
+        part.training = training
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
@@ -381,7 +392,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: str | Path):
-    """What torch.save wrote, on the CPU. Raises UserError for anything else than tensors."""
+    """What torch.save wrote, on the CPU. Raises UserError for more than tensors, plain values."""
     with reading(path):
         if zipfile.is_zipfile(path):  # torch.load does not compare its check sums
             damaged = zipfile.ZipFile(path).testzip()

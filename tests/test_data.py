@@ -606,6 +606,21 @@ def test_deep_colours_that_are_stored_apart(tmp_path):
     assert "planar" in error_of(open_image, path)
 
 
+def test_signed_bytes_and_bytes_of_two_colours(tmp_path):
+    """Pillow reads a byte of -1 as 255, and bytes of black and white in a BMP as bits."""
+    mask = np.zeros((9, 48), np.uint8)
+    mask[2:7, 12:36] = 1
+    Image.fromarray(mask).save(tmp_path / "signed.tif", tiffinfo={339: 2})
+    indexed = Image.fromarray(mask)
+    indexed.putpalette([0, 0, 0, 255, 255, 255])
+    indexed.save(tmp_path / "bytes.bmp")
+    for name, word in (("signed.tif", "signed"), ("bytes.bmp", "two colours")):
+        assert word in error_of(open_mask, tmp_path / name, 2)
+        assert word in error_of(open_image, tmp_path / name)
+    Image.fromarray(mask > 0).save(tmp_path / "bits.bmp")
+    assert np.array_equal(open_mask(tmp_path / "bits.bmp", 2), mask)
+
+
 def test_stacks_are_no_pictures_and_large_ones_no_bombs(tmp_path):
     first, *others = (Image.new("L", (4, 3), 90 * number) for number in range(3))
     for name in ("stack.tif", "moving.gif"):
@@ -705,6 +720,29 @@ def test_what_cannot_be_learned_from_is_said_before_the_first_step(folder, capsy
         picture(path, np.full_like(np.array(Image.open(path)), 255))
     data = load_data(replace(folder, classes="background,cell"))
     assert "val" in error_of(training_loader, data, 33, 1, 0, 0, 1, CPU)
+
+
+def test_palettes_that_contradict_each_other(folder):
+    """As RGB masks become where each gets a palette of its own."""
+    data = load_data(folder)
+    first, *_, last = (data.root / sample.mask for sample in data.labeled)
+
+    def write_palette(path: Path, *colors: int) -> None:
+        indexed = Image.fromarray(np.array(Image.open(path)))
+        indexed.putpalette(np.repeat(colors, 3).astype(np.uint8).tobytes())
+        indexed.save(path)
+
+    for sample in data.labeled + data.val:
+        write_palette(data.root / sample.mask, 0, 100, 200)
+    used = np.unique(Image.open(last))  # 0 and 1 or 2
+    write_palette(last, 0, *(100 * k if k in used else 77 for k in (1, 2)))  # shown nowhere
+    check_labels(data)
+    write_palette(last, 0, *(77 if k in used else 100 * k for k in (1, 2)))
+    message = error_of(check_labels, data)
+    assert str(last) in message and f"class {used[1]} " in message and str(data.root) in message
+    labeled = [replace(sample, mask=str((data.root / sample.mask).resolve()))
+               for sample in data.labeled]  # made by a method: not the user's
+    check_labels(replace(data, labeled=labeled))
 
 
 def test_cut_off_and_foreign_files_are_named(voc_root):

@@ -252,6 +252,16 @@ def test_unimatch_v2_drops_complementary_channels_and_learns_the_teachers_labels
     assert loss_unsup == pos_meo.strong_loss(student.given[1], pseudo_label, used, views)
 
 
+def test_gradients_of_a_parameter_with_gaps_in_memory():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    network[0].weight = nn.Parameter(network[0].weight[:, :1].detach())  # for grey pictures
+    loss, parameters = network(torch.randn(2, 1, 9, 9)).square().mean(), [*network.parameters()]
+    pos_meo.Gradients(network, rows=2).backward(loss, UNSUP, retain_graph=True)
+    found = flat(value.grad for value in parameters)
+    assert_near(found, flat(torch.autograd.grad(loss, parameters)))
+
+
 @pytest.mark.parametrize("baseline", pos_meo.BASELINES)
 def test_a_step_reads_nothing_back_from_the_device(baseline):
     model = pos_meo.BASELINES[baseline](BACKBONES[baseline], 4, "none").to("meta")

@@ -3,6 +3,7 @@
 import gzip
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,8 @@ def test_inputs_are_never_overwritten(network, command, tmp_path):
         line = error_of(command, "--output", tmp_path, *(tmp_path / name for name in given))
         assert "overwrite an input: choose another --output" in line
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
+    letters = [Path("a/\u00e9.jpg"), Path("b/e\u0301.jpg")]  # on some disks one name
+    assert predict.output_paths(letters, tmp_path, False)[letters[1]][0].name == "e\u0301_2.png"
 
 
 def test_ranks_share_the_pictures(network, monkeypatch, tmp_path):

@@ -360,6 +360,7 @@ def test_acdc(form, published, tmp_path):
 
 
 def test_acdc_in_two_forms_or_incomplete(published, tmp_path):
+    h5py = pytest.importorskip("h5py", reason="writes SSL4MIS's files")
     challenge = write_acdc(tmp_path / "challenge", published, "challenge")
     ssl4mis = write_acdc(tmp_path / "ssl4mis", published, "ssl4mis")
     arguments = ("acdc", "--root", tmp_path / "data", "--source")
@@ -371,6 +372,9 @@ def test_acdc_in_two_forms_or_incomplete(published, tmp_path):
     message = error_of(convert, *arguments, ssl4mis)
     assert "2 of 8" in message and "patient002_frame01" in message
     assert not (tmp_path / "data").exists()
+    with h5py.File(tmp_path / "text.h5", "w") as file:
+        file["image"] = "ask the hospital"
+    assert "no numbers in image" in error_of(prepare.read_array, tmp_path / "text.h5", "image")
 
 
 def test_only_published_lists_are_taken(published, tmp_path, monkeypatch):
@@ -448,6 +452,12 @@ def test_a_label_with_other_axes_than_its_image(tmp_path):
     nibabel.save(nibabel.Nifti1Image(label.dataobj, np.eye(4)), tmp_path / "without.nii")
     line = error_of(prepare.read_pair, tmp_path / "i.nii", tmp_path / "without.nii", HEART)
     assert "without.nii" in line and "affine" in line
+    right = np.diag([1.0, 1, 1, 1])  # x to the right, while nibabel takes it to go left
+    right[:3, 3] = -(np.array(SHAPE) - 1) / 2
+    nibabel.save(nibabel.Nifti1Image(label.dataobj, right), tmp_path / "centred.nii")
+    nibabel.save(nibabel.Nifti1Image(label.dataobj, None), tmp_path / "without.nii")
+    line = error_of(prepare.read_pair, tmp_path / "centred.nii", tmp_path / "without.nii", HEART)
+    assert "without.nii" in line and "affine" in line
 
 
 def test_slices_stay_slices_however_a_heart_lies(tmp_path):
@@ -514,6 +524,9 @@ def voxel(path: Path, value: float) -> None:
     ("image", lambda path: write_nifti(path, np.full(SHAPE, 7, np.int16)), "constant"),
     ("image", lambda path: voxel(path, np.nan), "nan"),
     ("image", lambda path: packed(path, lambda raw: raw[:88] + bytes(4) + raw[92:]), " 0.0)"),  # mm
+    ("image", lambda path: packed(path, lambda raw: raw[:123] + b"\1" + raw[124:]), "meter"),
+    ("image", lambda path: packed(path, lambda raw: raw[:108] + bytes(4) + raw[112:]), "begin"),
+    ("image", lambda path: packed(path, lambda raw: raw[:280] + bytes(48) + raw[328:]), "lie"),
     ("label", lambda path: write_nifti(path, np.zeros((5, 7, 3), np.uint8)), "its image [3, 5, 7]"),
     ("label", lambda path: write_nifti(path, np.zeros(SHAPE[:2], np.uint8)), ""),
     ("label", lambda path: voxel(path, 1220), "1220"),
