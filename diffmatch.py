@@ -488,7 +488,7 @@ def build_predictor(config: dict, num_classes: int, state: dict | None = None) -
     options = ("layers", "encoding", "mask_channels", "mask_start", "scale")
     model = DiffMatch(config["backbone"], num_classes, weights, *map(config.get, options))
     if state:
-        load_strictly(model, state, "the checkpoint")
+        load_strictly(model, state, "the checkpoint's weights")
     return Sampler(model, config["steps"], config["time_difference"], config["noise_seed"],
                    config["feedback"])
 

@@ -440,7 +440,7 @@ def landscape(config: Config) -> None:
                                 config.num_workers)["miou"]
                 curves[path].append({"direction": number, "distance": distance, "miou": miou,
                                      "loss": finite(torch.stack(losses).mean())})
-    write_json(folder / "landscape.json", curves)  # python -m common.figures draws it
+        write_json(folder / "landscape.json", curves)  # python -m common.figures draws it
 
 
 def main() -> None:

@@ -576,6 +576,8 @@ def run_stages(config: Config) -> None:
     require(classes <= config.max_subclasses, f"--max-subclasses must be >= {classes}, the classes")
     require("OST" not in parts or bool(data.unlabeled), "no unlabeled image: --model baseline or I")
     require(config.network == "plain" or config.architecture != "pspnet", "--network: not PSPNet's")
+    others = read_json(Path(config.output) / "config.json").get("method", "usrn") != "usrn"
+    require(not others, f"{config.output} holds a run of another method: choose another --output")
     subclasses = stages_1_and_2(config, data, device) if "MSL" in parts else ()
     train(config, data, device, *subclasses)
 

@@ -31,10 +31,11 @@ from common.data import Data, DataOptions, EvaluationSet, dataset_info, load_dat
 from common.figures import plot_calibration, sample_grid
 from common.runtime import (RESUMABLE, Parser, all_reduce_sum, evaluating, init_distributed,
                             parse, rank, read_checkpoint, read_json, read_metrics, reading,
-                            require, run_main, say, world_size, write_json)
+                            require, require_finite, run_main, say, world_size, write_json)
 
 ROOT = Path(__file__).resolve().parent.parent  # where the methods' scripts lie
 CLAIMS = ROOT / ".docs/claims.tsv"
+RUN_FILES = {"best.pt", "config.json", "latest.pt", "metrics.jsonl", "results.json", "samples.png"}
 BINS = 15
 MODES = "whole", "aligned", "sliding"
 STRIDE = 16  # of convolutional encoders, or a multiple
@@ -178,6 +179,7 @@ def evaluate(network: nn.Module, data: Data, split: str, crop: int, device: torc
 
     # One message between the ranks; float64 holds counts exactly up to 2^53.
     confusion, histogram, accepted, images = all_reduce_sum(totals).cpu().split(sizes)
+    require_finite(histogram)
     confusion, histogram = confusion.view(classes, classes), histogram.view(3, BINS)
     iou, pixels = 100 * iou_per_class(confusion), confusion.sum()
     head, tail = head_and_tail(data.class_pixels)
@@ -423,6 +425,10 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, help="processes that read images, per rank")
     args = parser.parse_args()
     require((args.num_workers or 0) >= 0, "--num-workers must be >= 0")
+    require(args.threshold is None or 0 <= args.threshold <= 1, "--threshold must be 0 to 1")
+    for path in filter(None, (args.output, args.figure)):
+        of_a_run = path.name in RUN_FILES and (path.parent / "config.json").is_file()
+        require(not of_a_run, f"{path} is a run's own file: choose another name")
     if args.table:
         return print(table_of_runs(args.table, args.per_class))
     if args.claims:

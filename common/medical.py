@@ -23,7 +23,7 @@ from common.augment import IGNORE, to_float
 from common.data import collate_training, copies_of, digest_of, make_loader, training_batches
 from common.figures import sample_grid, voc_palette
 from common.runtime import (all_reduce_sum, evaluating, main_first, option, rank, reading,
-                            require, world_size, write_atomically)
+                            require, require_finite, world_size, write_atomically)
 from common.synthetic import CARDIAC_CLASSES, generate
 
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd", "hd95_mm", "asd_mm", "assd_mm")
@@ -203,7 +203,8 @@ def read_list(path: Path, root: Path) -> list[VolumeFile]:
     require(path.is_file(), f"no list {path}; there are {known or 'none: see common.prepare'}")
     with reading(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        pairs = [(patient, name) for patient, name in map(str.split, filter(str.strip, lines))]
+    pairs = [tuple(line.split()) for line in lines if line.strip()]
+    require({len(pair) for pair in pairs} <= {2}, f"{path}: a line must be a patient and a volume")
     names = {name for _, name in pairs}
     require(0 < len(names) == len(pairs), f"{path} lists no volume, or one of them twice")
     return [VolumeFile(patient, name, root / f"volumes/{name}.npz") for patient, name in pairs]
@@ -404,6 +405,7 @@ def segment_volume(predict, image: np.ndarray, size: int, device: torch.device) 
     for part in slices.split(16):
         logits = predict(to_float(part.to(device))).float()
         logits = F.interpolate(logits, image.shape[1:], mode="bilinear")
+        require_finite(logits)
         labels.append(logits.argmax(dim=1).byte().cpu())
     return torch.cat(labels).numpy()
 

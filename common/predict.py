@@ -27,7 +27,8 @@ from common.figures import colorize, save_indexed_png, save_png
 from common.medical import (VolumeInfo, min_max, read_nifti, read_volume, segment_volume, turn,
                             write_volume)
 from common.runtime import (Parser, UserError, all_reduce_sum, explain, init_distributed, rank,
-                            reading, require, run_main, world_size, write_atomically)
+                            reading, require, require_finite, run_main, world_size,
+                            write_atomically)
 
 VOLUMES = (".npz", ".nii", ".nii.gz")
 
@@ -78,6 +79,7 @@ def predict_picture(predict: Predict, source: Path, targets: list[Path], info: D
     picture = open_image(source)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device)
     probabilities = class_probabilities(predict, normalize(pixels), mode, crop)
+    require_finite(probabilities)
     label = probabilities[0].argmax(dim=0).byte().cpu().numpy()
     if info.name == "cityscapes":
         save_png(Image.fromarray(TO_LABEL_ID[label]), targets[0])

@@ -45,6 +45,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_finite(outputs: torch.Tensor) -> None:
+    require(bool(outputs.isfinite().all()), "the network's outputs are not finite: it has diverged "
+                                            "and needs a lower --lr, or --no-amp")
+
+
 def run_main(main) -> None:
     """Call `main()` and exit with its status; what the user can mend is one line and status 1."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes

@@ -77,6 +77,7 @@ def test_names_of_ones_own_classes(tmp_path):
     file = write(tmp_path / "names.txt", ["background", "a road", "tree", ""])
     for classes in (str(file), "background, a road,tree"):
         assert dataset_info("folder", classes).classes == ("background", "a road", "tree")
+    assert dataset_info("folder", "#a,b").classes == ("#a", "b")  # comments are those of files
     for classes in (None, "nothing.txt", "a,a", "a,,b", ",".join(map(str, range(256)))):
         assert "--classes" in error_of(dataset_info, "folder", classes)
     assert "has its own" in error_of(dataset_info, "pascal", "a,b")

@@ -198,6 +198,11 @@ def test_evaluation_equals_counting(data, network, mode):
     assert not network.training
 
 
+def test_outputs_that_are_not_finite_have_no_score(data, network):
+    network[1].bias[2] = np.nan
+    assert "not finite" in error_of(ev.evaluate, network, data, "val", 16, CPU, 0)
+
+
 def test_the_mode_is_the_one_of_the_data_set(data, network):
     shapes = []
     network.register_forward_hook(lambda layer, shown, output: shapes.append(output.shape[2:]))
@@ -352,7 +357,11 @@ def test_command_for_images(checkpoint, command, data, drawn, tmp_path):
                      output, "--figure", tmp_path / "f.png", "--num-workers", 0, "--set", "crop=24")
     results = read_json(output)
     assert "warning" not in out
-    assert "--num-workers" in command("--checkpoint", path, "--num-workers", -1)[1]
+    write_json(tmp_path / "config.json", {})
+    for option, value in (("--num-workers", -1), ("--threshold", "nan"),
+                          ("--output", tmp_path / "latest.pt")):
+        word = str(value) if option == "--output" else option
+        assert word in command("--checkpoint", path, option, value)[1]
     torch.save({**checkpoint, "config": checkpoint["config"] | {"lists": "other"}}, path)
     assert "lists of images are not those" in command("--checkpoint", path, "--num-workers", 0)[0]
     network = ev.load_predictor(path, CPU)[0]

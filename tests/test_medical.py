@@ -517,6 +517,9 @@ def test_a_volume_without_label_has_no_score(tmp_path):
     empty = replace(random_volume(), label=np.full_like(random_volume().label, 255))
     write_volume(tmp_path / "bare.npz", empty)  # all empty masks agree, at a Dice of 100
     assert "no volume" in error_of(medical.evaluate_volumes, *bare)
+    image = np.zeros((2, 8, 8), np.float32)
+    diverged = error_of(medical.segment_volume, lambda slices: slices / 0, image, 16, CPU)
+    assert "not finite" in diverged
 
 
 def test_pictures_are_of_middle_slices(scored, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import (QUICK, assert_identical, assert_near, assert_same_run, lines_of, on_ranks,
-                      ranks_draw_apart, recorded, refuse, seeded, state, stop_at)
+from programs import (QUICK, assert_identical, assert_near, assert_same_run, error_of, lines_of,
+                      on_ranks, ranks_draw_apart, recorded, refuse, seeded, state, stop_at)
 from torch import nn
 
 import daw
@@ -445,7 +445,8 @@ def test_a_run_and_one_that_was_stopped_and_their_landscape(program, shapes, tmp
     monkeypatch.setattr(pos_meo, "DIRECTIONS", 2)
     path = str(whole / "latest.pt")
     learned = recorded(monkeypatch, pos_meo, "strong_loss")
-    pos_meo.landscape(configured("--landscape", f"{path},{path}", "--output", tmp_path))
+    paths = f"{path},{path},none.pt"  # those that are there are kept
+    error_of(pos_meo.landscape, configured("--landscape", paths, "--output", tmp_path))
     assert len(learned) == 2 * 6 and learned[0][2].any()
     rows = runtime.read_json(tmp_path / "landscape.json")[path]
     assert [row["distance"] for row in rows] == 2 * [-0.5, 0, 0.5]

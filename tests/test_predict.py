@@ -115,6 +115,13 @@ def test_label_maps_are_aligned_where_scores_are_not(command, monkeypatch, tmp_p
     assert Image.open(tmp_path / "out" / "x.png").size == (30, 12)
 
 
+def test_outputs_that_are_not_finite_give_no_label_map(network, command, tmp_path):
+    network.bias.data[1] = np.nan
+    write_picture(tmp_path / "x.jpg", 9, 7)
+    status, _, problems = command("--output", tmp_path / "out", tmp_path / "x.jpg")
+    assert status == 1 and "not finite" in problems[0] and not (tmp_path / "out").exists()
+
+
 def test_inputs_are_never_overwritten(network, command, tmp_path):
     write_picture(tmp_path / "a.jpg", 9, 7)
     write_picture(tmp_path / "a.png", 9, 7)

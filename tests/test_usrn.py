@@ -549,6 +549,12 @@ def test_clusters_end_balanced_beside_a_cell_far_away():
     assert is_balanced(usrn.balanced_kmeans(features.half(), 7, 0), 7)
 
 
+def test_no_stage_in_the_folder_of_another_method(program, tmp_path):
+    runtime.write_json(tmp_path / "config.json", {"method": "daw"})
+    assert "another method" in program("--iterations", 2, "--output", tmp_path)[2]
+    assert not (tmp_path / "supervised").exists()
+
+
 def test_finished_stages_are_used_again_and_made_again(program, tmp_path):
     first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
     common = ("--iterations", 2, "--share", "none", "--output")
