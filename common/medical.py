@@ -159,11 +159,12 @@ def read_nifti(path: Path, first_channel: bool = False) -> tuple:
     file = kinds[0].from_bytes(content)
     head = type(file.header)(content[: file.header.sizeof_hdr], check=False)  # it makes 1 mm of 0
     zooms = tuple(abs(float(zoom)) for zoom in head.get_zooms()[:3])
-    unit, sound = head.get_xyzt_units()[0], file.dataobj.offset >= file.header.sizeof_hdr
+    unit = head.get_xyzt_units()[0]
     usable = all(0 < zoom < np.inf for zoom in zooms) and unit in ("mm", "unknown")
     require(usable, f"{path}: voxels of {zooms} {unit}, not mm")
-    sound = sound and np.isfinite(file.affine).all() and np.linalg.det(file.affine[:3, :3]) != 0
-    require(sound, f"{path}: its header is damaged (where voxels begin, or how they lie)")
+    lie = np.isfinite(file.affine).all() and np.linalg.det(file.affine[:3, :3]) != 0
+    require(lie and file.dataobj.offset >= file.header.sizeof_hdr,
+            f"{path}: its header is damaged (where voxels begin, or how they lie)")
     array = np.asarray(file.dataobj)
     array = array.reshape(*array.shape[:3], -1)[..., : 1 if first_channel else None]
     require(array.shape[3:] == (1,) and array.dtype.kind in "biuf",

@@ -45,7 +45,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_finite(outputs: torch.Tensor) -> None:
+def require_finite(outputs: Tensor) -> None:
     require(bool(outputs.isfinite().all()), "the network's outputs are not finite: it has diverged "
                                             "and needs a lower --lr, or --no-amp")
 
