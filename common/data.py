@@ -119,12 +119,11 @@ def dataset_info(name: str, classes: str | None = None) -> DatasetInfo:
     if name != "folder":
         require(not classes, f"--classes is for --dataset folder; {name} has its own")
         return DATASETS[name]
-    names = tuple(name.strip() for name in (classes or "").split(","))
+    names = tuple(map(str.strip, (classes or "").split(",")))
     if classes and os.path.isfile(classes):
         with reading(classes):
-            lines = Path(classes).read_text(encoding="utf-8-sig").strip().split("\n")
-        names = tuple(line.strip() for line in lines
-                      if not line.strip().startswith(("#", "__ignore__")))  # the last: labelme's
+            lines = map(str.strip, Path(classes).read_text("utf-8-sig").strip().split("\n"))
+        names = tuple(line for line in lines if not line.startswith(("#", "__ignore__")))  # labelme
     whole = all(name and "," not in name for name in names)  # a checkpoint joins them by commas
     require(whole and 2 <= len(set(names)) == len(names) <= IGNORE,
             f"--classes {classes}: folder needs 2 to {IGNORE} different names without commas: a "

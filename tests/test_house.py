@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lines; the plan was 450, 510 and 530 for pos_meo, usrn and diffrect, 2,600 for common/, 5,000 for
 # the product and 7,000 for the tests, whose limits here are what there is.
 METHODS = {"daw": 352, "pos_meo": 452, "diffmatch": 497, "usrn": 592, "diffrect": 565}
-COMMON_LINES = 4_677  # of common/*.py together
-PRODUCT_LINES = 7_135  # of both
+COMMON_LINES = 4_676  # of common/*.py together
+PRODUCT_LINES = 7_134  # of both
 TEST_LINES = 8_570
 ROOMS = ["augment", "backbones", "data", "evaluate", "figures", "medical", "models", "predict",
          "prepare", "runtime", "synthetic"]
